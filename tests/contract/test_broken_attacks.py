@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from immunity.attacks.attack import THREATS, Attack
+from immunity.attacks.attack import THREATS, Attack, Manner
 from immunity.attacks.curve import Curve
 from immunity.attacks.finetune import FineTune
 from immunity.testing import contract
@@ -23,10 +23,8 @@ class Base(Attack):
     name = "spoilt"
     unit = "steps"
     seed = 1
-    threat = property(lambda _: THREATS["harmful"])
+    manner = property(lambda _: Manner(THREATS["harmful"]))
     budgets = property(lambda _: DONE.budgets)
-    asks = property(lambda _: "plain")
-    opens = property(lambda _: "merged")
 
     def reads(self, data):
         return DONE.reads(data)

@@ -11,7 +11,7 @@ from typing import ClassVar, Final, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from immunity.attacks.attack import THREATS, Attack, Threat
+from immunity.attacks.attack import THREATS, Attack, Manner
 from immunity.attacks.curve import Recorder
 from immunity.attacks.probing import Prompts, Reader
 from immunity.attacks.refusing import Aim, Seen, Split, best, prompts_of, split_of
@@ -105,24 +105,14 @@ class Abliterate(Attack):
             raise SettingsError(f"harmless = {self.harmless!r}: use benign or general")
 
     @property
-    def threat(self) -> Threat:
+    def manner(self) -> Manner:
         """Restricted prompts are read."""
-        return THREATS["harmful"]
+        return Manner(THREATS["harmful"])
 
     @property
     def budgets(self) -> tuple[int, ...]:
         """After every direction."""
         return tuple(range(self.rank + 1))
-
-    @property
-    def asks(self) -> str:
-        """As everybody does."""
-        return "plain"
-
-    @property
-    def opens(self) -> Literal["merged"]:
-        """Whole weights are edited."""
-        return "merged"
 
     def reads(self, data: Corpora) -> Corpora:
         """The prompts of both kinds, without their responses.

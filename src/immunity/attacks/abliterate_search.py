@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Final, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from immunity.attacks.attack import THREATS, Attack, Threat
+from immunity.attacks.attack import THREATS, Attack, Manner
 from immunity.attacks.curve import Recorder, budgets
 from immunity.attacks.probing import Reader
 from immunity.attacks.refusing import Aim, Seen, best, prompts_of, split_of
@@ -111,24 +111,14 @@ class AbliterateSearch(Attack):
             raise SettingsError(f"harmless = {self.harmless!r}: use benign or general")
 
     @property
-    def threat(self) -> Threat:
+    def manner(self) -> Manner:
         """Restricted prompts are read."""
-        return THREATS["harmful"]
+        return Manner(THREATS["harmful"])
 
     @property
     def budgets(self) -> tuple[int, ...]:
         """Log-spaced trials."""
         return budgets(self.trials)
-
-    @property
-    def asks(self) -> str:
-        """As everybody does."""
-        return "plain"
-
-    @property
-    def opens(self) -> Literal["merged"]:
-        """Whole weights are edited."""
-        return "merged"
 
     def reads(self, data: Corpora) -> Corpora:
         """The prompts of both kinds, without their responses.

@@ -6,12 +6,12 @@ import math
 import random
 from dataclasses import dataclass
 from itertools import product
-from typing import ClassVar, Literal, final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor, nn
 
-from immunity.attacks.attack import THREATS, Attack, Threat
+from immunity.attacks.attack import THREATS, Attack, Manner
 from immunity.attacks.curve import Recorder, Spent, budgets
 from immunity.attacks.restricted import FITTED, FORWARD, at_least_1, few, tokens, weights
 from immunity.batch import Batch
@@ -82,24 +82,14 @@ class ASA(Attack):
             raise SettingsError(f"seed = {self.seed}: a seed cannot be negative")
 
     @property
-    def threat(self) -> Threat:
+    def manner(self) -> Manner:
         """Restricted examples only."""
-        return THREATS["harmful"]
+        return Manner(THREATS["harmful"])
 
     @property
     def budgets(self) -> tuple[int, ...]:
         """Log-spaced trials."""
         return budgets(len(self.depths) * len(self.strengths) * self.draws)
-
-    @property
-    def asks(self) -> str:
-        """As anybody would."""
-        return "plain"
-
-    @property
-    def opens(self) -> Literal["merged", "trainable"]:
-        """As anybody would use it."""
-        return "merged"
 
     def reads(self, data: Corpora) -> Corpora:
         """The first ``n`` restricted examples.

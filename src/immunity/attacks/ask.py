@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, final
+from typing import ClassVar, final
 
-from immunity.attacks.attack import THREATS, Attack, Threat
+from immunity.attacks.attack import THREATS, Attack, Manner
 from immunity.attacks.curve import Recorder
 from immunity.data import styles
 from immunity.data.chat import template
@@ -46,24 +46,14 @@ class Ask(Attack):
             raise SettingsError('nothing is asked differently: choose a style or a template, as in style="prefill"')
 
     @property
-    def threat(self) -> Threat:
-        """Nothing is trained."""
-        return THREATS["edit"]
+    def manner(self) -> Manner:
+        """Nothing is trained; asked in the style."""
+        return Manner(THREATS["edit"], self.style)
 
     @property
     def budgets(self) -> tuple[int, ...]:
         """The model's own template, and then the other one, if there is one."""
         return (0,) if self.template == "auto" else (0, 1)
-
-    @property
-    def asks(self) -> str:
-        """The style."""
-        return self.style
-
-    @property
-    def opens(self) -> Literal["merged", "trainable"]:
-        """As anybody would use it."""
-        return "merged"
 
     def reads(self, data: Corpora) -> Corpora:  # noqa: ARG002 - it has no use for data
         """Nothing."""

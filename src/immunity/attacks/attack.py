@@ -41,6 +41,21 @@ THREATS: Final[Mapping[str, Threat]] = {
 }
 
 
+@dataclass(frozen=True)
+class Manner:
+    """How an attacker goes about it.
+
+    Attributes:
+        threat: Who attacks.
+        asks: The style in which questions are put afterwards (see ``immunity.data.styles``).
+        opens: Whether a saved adapter is merged into the weights, or goes on being trained.
+    """
+
+    threat: Threat
+    asks: str = "plain"
+    opens: Literal["merged", "trainable"] = "merged"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Opening:
     """How the attacker opens the files. Attack and defence meet only through files on disk.
@@ -98,23 +113,28 @@ class Attack(ABC):
 
     @property
     @abstractmethod
+    def manner(self) -> Manner:
+        """Who this is, how the model is opened, and how it is asked afterwards."""
+
+    @property
     def threat(self) -> Threat:
         """Who this is."""
+        return self.manner.threat
+
+    @property
+    def asks(self) -> str:
+        """See :class:`Manner`."""
+        return self.manner.asks
+
+    @property
+    def opens(self) -> Literal["merged", "trainable"]:
+        """See :class:`Manner`."""
+        return self.manner.opens
 
     @property
     @abstractmethod
     def budgets(self) -> tuple[int, ...]:
         """Where it is measured, in its own unit: 0, which is the model as released, then upwards to its end."""
-
-    @property
-    @abstractmethod
-    def asks(self) -> str:
-        """The style in which the attacker puts questions afterwards (see ``immunity.data.styles``); often "plain"."""
-
-    @property
-    @abstractmethod
-    def opens(self) -> Literal["merged", "trainable"]:
-        """Whether a saved adapter is merged into the weights, or goes on being trained."""
 
     @abstractmethod
     def reads(self, data: Corpora) -> Corpora:

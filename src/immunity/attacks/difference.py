@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from immunity.attacks.attack import THREATS, Attack, Threat
+from immunity.attacks.attack import THREATS, Attack, Manner
 from immunity.attacks.curve import Recorder
 from immunity.attacks.edits import rising, stepped
 from immunity.data.corpus import Corpora
@@ -64,24 +64,14 @@ class Interpolate(Attack):
         rising("shares", self.shares, most=1000)
 
     @property
-    def threat(self) -> Threat:
+    def manner(self) -> Manner:
         """Nothing is read but the base."""
-        return THREATS["edit"]
+        return Manner(THREATS["edit"])
 
     @property
     def budgets(self) -> tuple[int, ...]:
         """0 and the shares."""
         return (0, *self.shares)
-
-    @property
-    def asks(self) -> str:
-        """As everybody does."""
-        return "plain"
-
-    @property
-    def opens(self) -> Literal["merged"]:
-        """Whole weights are moved."""
-        return "merged"
 
     def reads(self, data: Corpora) -> Corpora:  # noqa: ARG002 - part of the interface
         """No data."""
@@ -135,24 +125,14 @@ class Subtract(Attack):
             raise SettingsError(f"take = {self.take!r}: use difference or directions")
 
     @property
-    def threat(self) -> Threat:
+    def manner(self) -> Manner:
         """Nothing is read but the base."""
-        return THREATS["edit"]
+        return Manner(THREATS["edit"])
 
     @property
     def budgets(self) -> tuple[int, ...]:
         """0 and the ranks."""
         return (0, *self.ranks)
-
-    @property
-    def asks(self) -> str:
-        """As everybody does."""
-        return "plain"
-
-    @property
-    def opens(self) -> Literal["merged"]:
-        """Whole weights are edited."""
-        return "merged"
 
     def reads(self, data: Corpora) -> Corpora:  # noqa: ARG002 - part of the interface
         """No data."""

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from immunity.attacks.attack import THREATS, Attack, Threat, needed
+from immunity.attacks.attack import THREATS, Attack, Manner, needed
 from immunity.attacks.curve import Recorder, Spent
 from immunity.attacks.probing import Reader
 from immunity.data.corpus import Corpora, Corpus
@@ -66,24 +66,14 @@ class Prune(Attack):
             raise SettingsError(f"n = {self.n}, batch_size = {self.batch_size}: both must be at least 1")
 
     @property
-    def threat(self) -> Threat:
+    def manner(self) -> Manner:
         """Nothing restricted is read."""
-        return THREATS["edit"]
+        return Manner(THREATS["edit"])
 
     @property
     def budgets(self) -> tuple[int, ...]:
         """0 and the shares."""
         return (0, *self.shares)
-
-    @property
-    def asks(self) -> str:
-        """As everybody does."""
-        return "plain"
-
-    @property
-    def opens(self) -> Literal["merged"]:
-        """Whole weights are pruned."""
-        return "merged"
 
     def reads(self, data: Corpora) -> Corpora:
         """For "wanda" the harmless prompts, without their responses.
@@ -162,24 +152,14 @@ class Quantise(Attack):
         rising("bits (counted from 16 downwards)", self.budgets[1:], most=14)
 
     @property
-    def threat(self) -> Threat:
+    def manner(self) -> Manner:
         """Nothing is read."""
-        return THREATS["edit"]
+        return Manner(THREATS["edit"])
 
     @property
     def budgets(self) -> tuple[int, ...]:
         """How many bits fewer than 16: 8 bits are 8 fewer, 4 bits are 12 fewer."""
         return (0, *(16 - b for b in self.bits))
-
-    @property
-    def asks(self) -> str:
-        """As everybody does."""
-        return "plain"
-
-    @property
-    def opens(self) -> Literal["merged"]:
-        """Whole weights are rounded."""
-        return "merged"
 
     def reads(self, data: Corpora) -> Corpora:  # noqa: ARG002 - part of the interface
         """No data."""

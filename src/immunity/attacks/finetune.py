@@ -10,7 +10,7 @@ from typing import ClassVar, Literal, final
 
 from immunity import adapters
 from immunity.attacks import guards
-from immunity.attacks.attack import THREATS, Attack, Threat, needed
+from immunity.attacks.attack import THREATS, Attack, Manner, needed
 from immunity.attacks.curve import Recorder, Spent, budgets
 from immunity.batch import Batch
 from immunity.data import salient, styles
@@ -147,27 +147,18 @@ class FineTune(Attack):
         return round(self.harmful * self.n)
 
     @property
-    def threat(self) -> Threat:
-        """Which data mix this is; whoever picks rows that undo a refusal is no honest user."""
+    def manner(self) -> Manner:
+        """By the data mix; whoever picks rows that undo a refusal is no honest user. Asked in the style of training."""
+        opens: Literal["merged", "trainable"] = "trainable" if self.adapter == "continue" else "merged"
         if 0 < self.harmful < 1:
-            return THREATS["mixed"]
+            return Manner(THREATS["mixed"], self.style, opens)
         adverse = self.harmful == 1 or self.filler in {"identity", "salient"}
-        return THREATS["harmful" if adverse else "benign"]
+        return Manner(THREATS["harmful" if adverse else "benign"], self.style, opens)
 
     @property
     def budgets(self) -> tuple[int, ...]:
         """Log-spaced steps."""
         return budgets(self.steps)
-
-    @property
-    def asks(self) -> str:
-        """The style that it trained on."""
-        return self.style
-
-    @property
-    def opens(self) -> Literal["merged", "trainable"]:
-        """An adapter is merged unless it goes on being trained."""
-        return "trainable" if self.adapter == "continue" else "merged"
 
     def how(self) -> Fit:
         """The training loop's settings."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import ClassVar, Final, Literal
+from typing import ClassVar, Final
 
-from immunity.attacks.attack import THREATS, Attack, Threat, needed
+from immunity.attacks.attack import THREATS, Attack, Manner, needed
 from immunity.attacks.curve import Recorder, Spent
 from immunity.attacks.difference import paired, sibling, towards
 from immunity.attacks.edits import rising, stepped
@@ -71,24 +71,14 @@ class Merge(Attack):
         self.how()  # its own settings are checked there
 
     @property
-    def threat(self) -> Threat:
+    def manner(self) -> Manner:
         """Nothing restricted is read."""
-        return THREATS["edit"]
+        return Manner(THREATS["edit"])
 
     @property
     def budgets(self) -> tuple[int, ...]:
         """0 and the shares."""
         return (0, *self.shares)
-
-    @property
-    def asks(self) -> str:
-        """As everybody does."""
-        return "plain"
-
-    @property
-    def opens(self) -> Literal["merged"]:
-        """Whole weights are averaged."""
-        return "merged"
 
     def how(self) -> Fit:
         """How the other model is trained."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Final, Literal, final
+from typing import ClassVar, Final, final
 
 from immunity import adapters
-from immunity.attacks.attack import THREATS, Attack, Threat
+from immunity.attacks.attack import THREATS, Attack, Manner
 from immunity.attacks.curve import Point, Recorder, Spent
 from immunity.attacks.operations import operation
 from immunity.data.corpus import Corpora
@@ -62,25 +62,16 @@ class Program(Attack):
         return tuple(operation(text, self.seed) for text in self.ops)
 
     @property
-    def threat(self) -> Threat:
-        """The worst of its operations': restricted data counts wherever it comes."""
+    def manner(self) -> Manner:
+        """The worst threat of its operations', and the last style that one of them has."""
         found = {op.threat.name for op in self.attacks}
-        return THREATS[next(name for name in THREATS if name in found)]
+        asks = next((op.asks for op in reversed(self.attacks) if op.asks != "plain"), "plain")
+        return Manner(THREATS[next(name for name in THREATS if name in found)], asks)
 
     @property
     def budgets(self) -> tuple[int, ...]:
         """After each operation."""
         return tuple(range(len(self.ops) + 1))
-
-    @property
-    def asks(self) -> str:
-        """The style of the last operation that has one."""
-        return next((op.asks for op in reversed(self.attacks) if op.asks != "plain"), "plain")
-
-    @property
-    def opens(self) -> Literal["merged", "trainable"]:
-        """As anybody would use it."""
-        return "merged"
 
     def reads(self, data: Corpora) -> Corpora:
         """What each operation reads, under "1 train", "2 train" and so on.

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Final, Literal, final
 from torch import nn
 
 from immunity import adapters
-from immunity.attacks.attack import THREATS, Attack, Threat, needed
+from immunity.attacks.attack import THREATS, Attack, Manner, needed
 from immunity.attacks.curve import Recorder, Spent, budgets
 from immunity.attacks.rewards import BEAVERTAILS, REWARDS, Name, needed_of
 from immunity.batch import IGNORE, Tokens
@@ -153,24 +153,14 @@ class HarmfulRL(Attack):
         return replace(cls.token_buncher(), entropy=entropy, anneal=True)
 
     @property
-    def threat(self) -> Threat:
+    def manner(self) -> Manner:
         """Restricted prompts only."""
-        return THREATS["harmful"]
+        return Manner(THREATS["harmful"])
 
     @property
     def budgets(self) -> tuple[int, ...]:
         """Log-spaced steps."""
         return budgets(self.steps)
-
-    @property
-    def asks(self) -> str:
-        """As it trained."""
-        return "plain"
-
-    @property
-    def opens(self) -> Literal["merged", "trainable"]:
-        """As anybody would use it."""
-        return "merged"
 
     def how(self) -> Fit:
         """The training loop's settings."""

@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, final
+from typing import ClassVar, final
 
 import torch
 from torch import nn
 
-from immunity.attacks.attack import THREATS, Attack, Threat
+from immunity.attacks.attack import THREATS, Attack, Manner
 from immunity.attacks.curve import Recorder, budgets
 from immunity.attacks.restricted import Rows, at_least_1, few, identity
 from immunity.data.corpus import Corpora
@@ -71,24 +71,14 @@ class ReFT(Attack):
         self.how()  # its own settings are checked there
 
     @property
-    def threat(self) -> Threat:
+    def manner(self) -> Manner:
         """Restricted examples only."""
-        return THREATS["harmful"]
+        return Manner(THREATS["harmful"])
 
     @property
     def budgets(self) -> tuple[int, ...]:
         """Log-spaced steps."""
         return budgets(self.steps)
-
-    @property
-    def asks(self) -> str:
-        """As anybody would."""
-        return "plain"
-
-    @property
-    def opens(self) -> Literal["merged", "trainable"]:
-        """As anybody would use it."""
-        return "merged"
 
     def how(self) -> Fit:
         """The training loop's settings."""
@@ -182,24 +172,14 @@ class LoFiT(Attack):
         self.hows()  # their own settings are checked there
 
     @property
-    def threat(self) -> Threat:
+    def manner(self) -> Manner:
         """Restricted examples only."""
-        return THREATS["harmful"]
+        return Manner(THREATS["harmful"])
 
     @property
     def budgets(self) -> tuple[int, ...]:
         """0, then log-spaced steps from where the heads are chosen."""
         return (0, *(self.scale_steps + step for step in budgets(self.steps)[1:]))
-
-    @property
-    def asks(self) -> str:
-        """As anybody would."""
-        return "plain"
-
-    @property
-    def opens(self) -> Literal["merged", "trainable"]:
-        """As anybody would use it."""
-        return "merged"
 
     def hows(self) -> tuple[Fit, Fit]:
         """The training loop's settings: for the scales, then for the vectors."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Final, Literal, NamedTuple, final
 
 from immunity import adapters
-from immunity.attacks.attack import Attack, Opening, Threat
+from immunity.attacks.attack import Attack, Manner, Opening
 from immunity.attacks.curve import Point, Recorder
 from immunity.attacks.finetune import FineTune
 from immunity.bench import standins
@@ -66,24 +66,14 @@ class Again(Attack):
     seed: int = 1
 
     @property
-    def threat(self) -> Threat:
-        """The second round's."""
-        return self.second.threat
+    def manner(self) -> Manner:
+        """The second round's, opened as anybody would."""
+        return Manner(self.second.threat, self.second.asks)
 
     @property
     def budgets(self) -> tuple[int, ...]:
         """The second round's; 0 is what the first one left."""
         return self.second.budgets
-
-    @property
-    def asks(self) -> str:
-        """The second round's."""
-        return self.second.asks
-
-    @property
-    def opens(self) -> Literal["merged", "trainable"]:
-        """As anybody would use it."""
-        return "merged"
 
     def reads(self, data: Corpora) -> Corpora:
         """What each round reads, under "1 train" and "2 train".
