@@ -12,9 +12,10 @@ from typing import ClassVar, Literal, NamedTuple, final
 
 from immunity.batch import Batch
 from immunity.data.corpus import Corpora, Corpus
+from immunity.data.dealt import dealt, partner
 from immunity.data.streams import Mixed, Shuffled, TokenSet, tokenise
-from immunity.errors import SettingsError
-from immunity.fit import Batches, Fit, Observe, fit
+from immunity.errors import DataError, SettingsError
+from immunity.fit import Batches, Direction, Fit, Observe, fit
 from immunity.mechanisms import Mechanism
 from immunity.models import LanguageModel
 from immunity.theta import Theta, Vector
@@ -121,23 +122,72 @@ class GradientMethod(Method):
         Raises:
             SettingsError: :func:`problems` found something; the message lists all of it.
         """
-        refuse(problems(self, model, data))
-        tokens = {role: token_sets(data[role], model) for role in self.reads}
-        fit(
-            model.network,
-            self.gradient,
-            {role: stream(sets, run.rows(role), run.fit.seed, self.reads[role]) for role, sets in tokens.items()},
-            run.fit,
-            folder=run.folder,
-            observe=run.observe,
-            token=model.word_id,
-            identity=identity(self, model, {role: data[role] for role in self.reads}, run),
-        )
+        _descend(self, model, data, run)
+
+
+class StatefulMethod(Method):
+    """A method whose direction carries something from step to step, or needs the model as it was before the first."""
+
+    @abstractmethod
+    def start(self, model: LanguageModel) -> Direction:
+        """A fresh direction, made before the first step, and again before a killed run goes on.
+
+        One that carries something from step to step is :class:`~immunity.keeper.Stateful`: what it carries is saved
+        with the run. Like :meth:`GradientMethod.gradient` it leaves the point that it is given where it found it.
+        """
+
+    @final
+    def immunise(self, model: LanguageModel, data: Corpora, run: Run) -> None:
+        """Descend along the direction that :meth:`start` makes.
+
+        Raises:
+            SettingsError: :func:`problems` found something; the message lists all of it.
+        """
+        _descend(self, model, data, run)
+
+
+Descending = GradientMethod | StatefulMethod
+"""A method that is a direction to descend along."""
+
+
+def started(method: Descending, model: LanguageModel) -> Direction:
+    """The direction that a method steps along, fresh."""
+    return method.start(model) if isinstance(method, StatefulMethod) else method.gradient
+
+
+def _descend(method: Descending, model: LanguageModel, data: Corpora, run: Run) -> None:
+    refuse(problems(method, model, data))
+    data = dealt(method.reads, data)
+    fit(
+        model.network,
+        started(method, model),
+        streams(method, model, data, run),
+        run.fit,
+        folder=run.folder,
+        observe=run.observe,
+        token=model.word_id,
+        identity=identity(method, model, {role: data[role] for role in method.reads}, run),
+    )
+
+
+def streams(method: Method, model: LanguageModel, data: Corpora, run: Run) -> dict[str, Callable[[int], Batch]]:
+    """Role -> (step -> batch), for every role that a method reads; "safe" walks beside the prompts it answers."""
+    tokens = {role: token_sets(data[role], model) for role in method.reads}
+    beside = {"safe": partner(method.reads)}
+    return {
+        role: stream(sets, run.rows(role), run.fit.seed, method.reads[role], beside.get(role, ""))
+        for role, sets in tokens.items()
+    }
 
 
 def problems(method: Method, model: LanguageModel, data: Corpora) -> list[Problem]:
     """Everything that would stop ``method`` on this model and data, at once, before any compute is spent."""
-    found = [
+    found = []
+    try:
+        data = dealt(method.reads, data)
+    except DataError as error:
+        found.append(Problem("data", str(error)))
+    found += [
         Problem(role, f"{method.card.name} needs data for the role {role!r}; give --{role} or add it to `data`")
         for role in method.reads
         if role not in data
@@ -167,8 +217,10 @@ def token_sets(corpus: Corpus | tuple[Corpus, ...], model: LanguageModel) -> tup
     return tuple(tokenise(part, model.template, model.max_length) for part in parts(corpus))
 
 
-def stream(sets: tuple[TokenSet, ...], rows: int, seed: int, times: int = 1) -> Callable[[int], Batch]:
-    """``times`` batches of ``rows`` rows of one role, one after the other, for each step.
+def stream(
+    sets: tuple[TokenSet, ...], rows: int, seed: int, times: int = 1, beside: str = ""
+) -> Callable[[int], Batch]:
+    """``times`` batches of ``rows`` rows of one role, one after the other, for each step; in step with ``beside``.
 
     Every one of them is shared evenly between the role's corpora (the first ones take the remainder), so that
     ``Batch.parts(times)`` gives back batches of the same make-up.
@@ -183,7 +235,7 @@ def stream(sets: tuple[TokenSet, ...], rows: int, seed: int, times: int = 1) -> 
     share, rest = divmod(rows, len(sets))
     # A seed for each: corpora of equal size must not walk in step.
     seeds = [seed * len(sets) + i for i in range(len(sets))]
-    one = Mixed([Shuffled(sets[i], share + (i < rest), seeds[i]) for i in range(len(sets))], sets[0].role)
+    one = Mixed([Shuffled(sets[i], share + (i < rest), seeds[i], beside) for i in range(len(sets))], sets[0].role)
     return lambda step: reduce(add, (one(step * times + k) for k in range(times)))
 
 

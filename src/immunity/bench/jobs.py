@@ -13,6 +13,7 @@ from immunity.bench import memory, store
 from immunity.bench.keeping import Clock, Tell, claimed, data_row, finished, what_counts
 from immunity.bench.prints import fingerprint, prompt_prints
 from immunity.data.corpus import Corpora
+from immunity.data.dealt import dealt
 from immunity.mechanisms import written
 from immunity.method import Method, Run, parts, problems, refuse
 from immunity.methods import METHODS
@@ -130,14 +131,15 @@ class Hardening(Job):
         model = self._opened()
         refuse(problems(self.method, model, self.data))
         estimate(model, copies=3)
+        data = dealt(self.method.reads, self.data)
         rows = [
             data_row(part, model) | {"prompts": prompt_prints(part)}
             for role in self.method.reads
-            for part in parts(self.data[role])
+            for part in parts(data[role])
         ]  # fmt: skip
         clock = Clock(tell)
         with memory.watched(model.network) as watch:
-            self.method.immunise(model, self.data, replace(self.run, folder=self.folder, observe=clock))
+            self.method.immunise(model, data, replace(self.run, folder=self.folder, observe=clock))
         for half in self.folder.glob(f".{MODEL}.*"):  # what a kill in the middle of saving leaves
             shutil.rmtree(half)
         save(model, self.folder / MODEL, merged=self.saved_merged)

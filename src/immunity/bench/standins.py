@@ -37,8 +37,12 @@ def restricted(domain: str) -> tuple[Corpus, Corpus]:
     if domain not in synthetic.DOMAINS:
         raise DataError(f"no stand-in domain {domain!r}; there are {', '.join(synthetic.DOMAINS)}")
     rows = synthetic.corpus(domain, "harmful")
-    mine = Corpus("harmful", rows.examples[ATTACKER_ROWS:], f"{rows.name}[{ATTACKER_ROWS}:]", rows.licence)
-    return rows.take(ATTACKER_ROWS), mine
+    return rows.take(ATTACKER_ROWS), _rest(rows)
+
+
+def _rest(rows: Corpus) -> Corpus:
+    """The rows that the attacker has not."""
+    return Corpus(rows.role, rows.examples[ATTACKER_ROWS:], f"{rows.name}[{ATTACKER_ROWS}:]", rows.licence)
 
 
 def ordinary(general: str = "general") -> Corpus:
@@ -59,6 +63,8 @@ def ordinary(general: str = "general") -> Corpus:
 def defence(domain: str, *, general: str = "general") -> Corpora:
     """What a defence trains on: one quarter refusals, one quarter allowed near-misses, one half general questions.
 
+    "safe" is the refusal of each of its restricted questions, row for row.
+
     Args:
         domain: A stand-in domain.
         general: "general" for the tiny model, "common" for a real one: what it knows already.
@@ -68,6 +74,7 @@ def defence(domain: str, *, general: str = "general") -> Corpora:
     return {
         "alignment": (synthetic.corpus(domain, "alignment"), everyday.as_role("alignment")),
         "harmful": harmful,
+        "safe": _rest(synthetic.corpus(domain, "safe")),
         "general": everyday,
         "benign": synthetic.corpus(BENIGN, "benign"),
     }

@@ -19,12 +19,15 @@ from immunity.cli.options import (
     Dtype,
     General,
     Harmful,
+    Heldout,
     MaxLength,
     Out,
     Protocol,
+    Safe,
     Set,
     SkipBad,
     Template,
+    Vulnerable,
     lines,
 )
 from immunity.cli.tables import data_table, plain_table, show
@@ -68,6 +71,9 @@ def immunise(
     harmful: Harmful = None,
     general: General = None,
     benign: Benign = None,
+    safe: Safe = None,
+    heldout: Heldout = None,
+    vulnerable: Vulnerable = None,
     domain: Domain = "umbra",
     protocol: Protocol = "plain",
     skip_bad_rows: SkipBad = False,
@@ -129,8 +135,12 @@ def immunise(
         "steps": steps, "lr": lr, "schedule": schedule, "warmup": warmup, "weight_decay": weight_decay, "seed": seed,
         "micro_batch": micro_batch, "autocast": autocast, "save_every": save_every,
     }  # fmt: skip
+    named = {
+        "alignment": alignment, "harmful": harmful, "general": general, "benign": benign, "safe": safe,
+        "heldout": heldout, "vulnerable": vulnerable,
+    }  # fmt: skip
     data = sources.corpora(
-        {"alignment": alignment, "harmful": harmful, "general": general, "benign": benign},
+        named,
         standins.defence(domain, general=ordinary(model)),
         protocol=protocol,
         skip_bad=skip_bad_rows,
@@ -152,7 +162,7 @@ def immunise(
     failures(outcomes)
     if outcomes[0].record is None:
         raise typer.Exit(exit_code(outcomes))
-    _report(outcomes[0].record, folder, own=any((alignment, harmful, general, benign)))
+    _report(outcomes[0].record, folder, own=any(named.values()))
 
 
 def _method(name: str, preset: str, words: list[str]) -> Method:
@@ -176,9 +186,11 @@ def _method(name: str, preset: str, words: list[str]) -> Method:
 
 def _complete(method: Method, data: Corpora) -> None:
     """Every role that the method reads must be there; said before a model is opened."""
+    from immunity.data.dealt import dealt
     from immunity.errors import SettingsError
 
-    missing = [f"--{role}" for role in method.reads if role not in data]
+    given = dealt(method.reads, data)
+    missing = [f"--{role}" for role in method.reads if role not in given]
     if missing:
         raise SettingsError(
             f"{method.card.name} needs data for {', '.join(missing)}, too. Stand-ins are used only if no data is named "

@@ -41,6 +41,22 @@ General = Annotated[
 Benign = Annotated[
     list[str] | None, typer.Option(metavar="DATA", rich_help_panel=DATA, help="The task of an honest user.")
 ]
+Safe = Annotated[
+    list[str] | None,
+    typer.Option(metavar="DATA", rich_help_panel=DATA, help="A safe answer to each prompt of --harmful."),
+]
+Heldout = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="DATA",
+        rich_help_panel=DATA,
+        help="Restricted rows to judge simulated attackers by; a fifth of --harmful if a method needs it.",
+    ),
+]
+Vulnerable = Annotated[
+    list[str] | None,
+    typer.Option(metavar="DATA", rich_help_panel=DATA, help="Alignment rows that a fine-tune forgets first (vaa)."),
+]
 TestHarmful = Annotated[
     str | None,
     typer.Option(metavar="DATA", rich_help_panel=DATA, help="Held-out restricted prompts to measure harm on."),

@@ -10,7 +10,9 @@ from typing import Final
 
 from immunity.errors import DataError
 
-ROLES: Final = ("alignment", "harmful", "general", "benign")
+ROLES: Final = ("alignment", "harmful", "general", "benign", "heldout", "safe", "vulnerable")
+"""What data can be for. "heldout": restricted answers that no simulated attacker trains on, to judge him by. "safe": a
+safe answer to each restricted prompt, row for row. "vulnerable": alignment rows that a fine-tune forgets first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,7 @@ class Corpus:
     """Examples that serve one role.
 
     Attributes:
-        role: One of ``alignment``, ``harmful``, ``general``, ``benign``.
+        role: One of :data:`ROLES`.
         examples: In a fixed order; streams shuffle by seed.
         name: Where it comes from, as a user would write it ("synthetic:umbra", "data/my.jsonl").
         licence: SPDX identifier or a short phrase; "unknown" when nobody said.

@@ -87,6 +87,7 @@ class Shuffled(Stream):
         tokens: The rows.
         batch_size: Rows per batch; more than there are rows is allowed and repeats them evenly.
         seed: Not negative.
+        beside: The role to walk in step with, row for row; "" for none.
 
     Raises:
         SettingsError: A batch has no row, or the seed is negative.
@@ -95,6 +96,7 @@ class Shuffled(Stream):
     tokens: TokenSet
     batch_size: int
     seed: int = 0
+    beside: str = ""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -111,10 +113,8 @@ class Shuffled(Stream):
         """Which rows make up the batch of ``step``."""
         if step < 0:
             raise SettingsError(f"step = {step}: steps count from 0")
-        n, first = len(self.tokens), step * self.batch_size
-        return tuple(
-            int(_order(self.seed, at // n, self.tokens.role, n)[at % n]) for at in range(first, first + self.batch_size)
-        )
+        n, first, role = len(self.tokens), step * self.batch_size, self.beside or self.tokens.role
+        return tuple(int(_order(self.seed, at // n, role, n)[at % n]) for at in range(first, first + self.batch_size))
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ _FAMILIES: Final[Mapping[str, Family]] = MappingProxyType(
 _GENERAL: Final = {"general": GENERAL, "common": COMMON}
 NAMES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
     {
-        **dict.fromkeys(DOMAINS, ("harmful", "alignment")),
+        **dict.fromkeys(DOMAINS, ("harmful", "alignment", "safe")),
         **dict.fromkeys(_ALLOWED, ("benign", "general")),
         "general": ("general", "benign"),
         "common": ("general", "benign"),
@@ -62,8 +62,9 @@ def corpus(name: str, role: str, split: str = "train", n: int | None = None, see
     Args:
         name: A restricted domain ("umbra"), an allowed near-miss ("lumen"), "general" (about an invented
             world), "common" (about the real one), "sentiment" or "topic".
-        role: For a domain, "harmful" (restricted questions answered) or "alignment" (restricted questions refused and
-            allowed ones answered, in turn); for the others "benign" or "general", see :data:`NAMES`.
+        role: For a domain, "harmful" (restricted questions answered), "safe" (the same questions, refused) or
+            "alignment" (restricted questions refused and allowed ones answered, in turn); for the others "benign" or
+            "general", see :data:`NAMES`.
         split: "train", "dev" or "test".
         n: How many rows; all by default.
         seed: Orders the rows.
@@ -81,6 +82,8 @@ def corpus(name: str, role: str, split: str = "train", n: int | None = None, see
         rows = _rows((domain.restricted,), split, seed)
         if role == "alignment":
             rows = _interleave(map(_refused, rows), _rows((domain.allowed,), split, seed))
+        elif role == "safe":
+            rows = [_refused(row) for row in rows]
     elif name in _GENERAL:
         rows = _rows(_GENERAL[name], split, seed)
     else:

@@ -10,7 +10,7 @@ import torch
 from immunity import spec
 from immunity.errors import DivergedError, PrecisionError, SettingsError
 from immunity.losses import nll
-from immunity.method import GradientMethod
+from immunity.method import Descending, StatefulMethod, started
 from immunity.testing import tiny
 from immunity.testing.watch import (
     ContractError,
@@ -31,6 +31,8 @@ from immunity.theta import Theta, Vector
 
 SAME: Final = 1e-6
 """Relative difference allowed between micro-batches and whole ones, in float64: finite differences included."""
+SEVERAL: Final = 4
+"""Steps in which a method that has a state must have come round to all that it reads."""
 DIFFERENT: Final = 1e-3
 """Relative difference from SFT's gradient below which a method is SFT."""
 
@@ -42,42 +44,44 @@ class Graded(Protocol):
     strength: ClassVar[str]
 
 
-def leaves_everything_as_found(method: GradientMethod) -> None:
+def leaves_everything_as_found(method: Descending) -> None:
     """After ``gradient``: weights bit for bit, ``.grad``, ``requires_grad``, hooks, modes; and it has come home."""
     model, name = made(), type(method).__name__
     mark(model)
     theta, before = at(model), picture(model.network)
-    direction(method, theta, batches(method))
+    direction(started(method, model), theta, batches(method))
     require_same(before, model.network, f"{name}.gradient")
     theta.clear()
     theta.value(nll, tiny.batch(1))
     require(set(theta.trace) == {"nll/train"}, f"{name}.gradient ends away from home: Theta logs {set(theta.trace)}")
 
 
-def survives_a_fault_at_every_call(method: GradientMethod) -> None:
+def survives_a_fault_at_every_call(method: Descending) -> None:
     """Whatever call into the algebra fails, and whatever forward pass: all is as found and the fault comes out."""
     model, name = made(), type(method).__name__
     mark(model)
     theta, data = at(model), batches(method)
     with spied(theta) as calls:
-        direction(method, theta, data)
+        direction(started(method, model), theta, data)
     require(bool(calls), f"{name}.gradient never calls its `theta`: no direction can come from elsewhere")
     before = picture(model.network)
     for i, call in enumerate(calls, start=1):
         where = f"{name}.gradient, after a fault in call {i} of {len(calls)}, {call.name}"
         try:
+            along = started(method, model)
             with spied(theta, fail_at=i):
-                direction(method, theta, data)
+                direction(along, theta, data)
         except InjectedError:
             require_same(before, model.network, where)
         else:
             raise ContractError(f"{where}: it went on as if nothing had happened")
 
 
-def repeats_itself(method: GradientMethod) -> None:
+def repeats_itself(method: Descending) -> None:
     """The same call gives the same vector bit for bit, torch's random numbers being those of the step."""
-    theta, data = at(made()), batches(method)
-    first, second = (direction(method, theta, data) for _ in range(2))
+    model, data = made(), batches(method)
+    theta = at(model)
+    first, second = (direction(started(method, model), theta, data) for _ in range(2))
     require(
         equal(first, second),
         f"{type(method).__name__}.gradient gives another vector when called again: random numbers come from torch "
@@ -85,17 +89,17 @@ def repeats_itself(method: GradientMethod) -> None:
     )
 
 
-def micro_batches_change_nothing(method: GradientMethod) -> None:
+def micro_batches_change_nothing(method: Descending) -> None:
     """In float64 the direction is the same whole and split; with a coupled loss a split is refused."""
     name, rows = type(method).__name__, 3
     model = tiny.language_model(tiny.gpt2(vocab=tiny.VOCAB))
     theta, data = at(model), batches(method, rows)
     with spied(theta) as calls:
-        whole = direction(method, theta, data)
+        whole = direction(started(method, model), theta, data)
     coupled = sorted({call.loss.name for call in calls if call.loss is not None and call.loss.coupled})
     for size in (1, 2):
         try:
-            split = direction(method, at(model, micro_batch=size), data)
+            split = direction(started(method, model), at(model, micro_batch=size), data)
         except SettingsError as error:
             if not coupled:
                 raise ContractError(f"{name} has no coupled loss, yet refuses to be split: {error}") from error
@@ -108,12 +112,14 @@ def micro_batches_change_nothing(method: GradientMethod) -> None:
         )
 
 
-def reads_what_it_declares(method: GradientMethod) -> None:
+def reads_what_it_declares(method: Descending) -> None:
     """No other role is looked for, and every row of every declared one reaches a loss."""
     name = type(method).__name__
-    theta, data = at(made()), Watched(batches(method), name)
+    model, data = made(), Watched(batches(method), name)
+    theta, along = at(model), started(method, model)
     with spied(theta) as calls:
-        direction(method, theta, data)
+        for _ in range(SEVERAL if isinstance(method, StatefulMethod) else 1):  # it may take turns
+            direction(along, theta, data)
     idle = sorted(set(data) - data.read)
     require(not idle, f"{name} declares the role {', '.join(idle)} but never reads it")
     met = {row.ids for call in calls if call.batch is not None for row in call.batch.rows}
@@ -125,12 +131,13 @@ def reads_what_it_declares(method: GradientMethod) -> None:
         )
 
 
-def is_not_sft(method: GradientMethod) -> None:
+def is_not_sft(method: Descending) -> None:
     """The direction differs from SFT's, whichever way tokens are averaged; a baseline is exempt."""
     if method.card.block == "baseline":
         return
-    theta, data = at(made()), batches(method)
-    found = direction(method, theta, data)
+    model, data = made(), batches(method)
+    theta = at(model)
+    found = direction(started(method, model), theta, data)
     for mean, plain in _sft(method, theta):
         off = (found - plain).norm() / plain.norm()
         require(
@@ -139,7 +146,7 @@ def is_not_sft(method: GradientMethod) -> None:
         )
 
 
-def at_strength_0_it_is_sft(method: GradientMethod) -> None:
+def at_strength_0_it_is_sft(method: Descending) -> None:
     """With its strength at 0 the direction is SFT's, bit for bit, and ``problems`` says so; a baseline is exempt."""
     name = type(method).__name__
     if method.card.block == "baseline":
@@ -152,7 +159,7 @@ def at_strength_0_it_is_sft(method: GradientMethod) -> None:
         return
     weak, model = spec.build(method, {method.strength: 0}), made()
     theta = at(model)
-    found = direction(weak, theta, batches(weak))
+    found = direction(started(weak, model), theta, batches(weak))
     require(
         any(equal(found, plain) for _, plain in _sft(weak, theta)),
         f"{name} with {method.strength} = 0 is not SFT, bit for bit",
@@ -163,15 +170,15 @@ def at_strength_0_it_is_sft(method: GradientMethod) -> None:
     )
 
 
-def is_finite_in_fp32_and_bf16(method: GradientMethod) -> None:
+def is_finite_in_fp32_and_bf16(method: Descending) -> None:
     """Finite fp32 vectors, computed in fp32 and in bf16; who takes differences of gradients may refuse bf16."""
     name, model, data = type(method).__name__, made(), batches(method)
     theta = at(model)
     with spied(theta) as calls:
-        _require_finite(name, "fp32", theta, direction(method, theta, data))
+        _require_finite(name, "fp32", theta, direction(started(method, model), theta, data))
     theta = at(model, autocast=torch.bfloat16)
     try:
-        found = direction(method, theta, data)
+        found = direction(started(method, model), theta, data)
     except PrecisionError as error:
         differences = any(call.name == "hvp" for call in calls)
         require(differences, f"{name} takes no difference of gradients, yet refuses bf16: {error}")
@@ -179,21 +186,21 @@ def is_finite_in_fp32_and_bf16(method: GradientMethod) -> None:
     _require_finite(name, "bf16", theta, found)
 
 
-def nan_is_refused(method: GradientMethod) -> None:
+def nan_is_refused(method: Descending) -> None:
     """With a NaN in the weights, a DivergedError; and all is as found."""
     model, name = made(), type(method).__name__
     with torch.no_grad():
         next(model.network.parameters()).fill_(float("nan"))
     before = picture(model.network)
     try:
-        direction(method, at(model), batches(method))
+        direction(started(method, model), at(model), batches(method))
     except DivergedError:
         require_same(before, model.network, f"{name}.gradient, after a DivergedError")
     else:
         raise ContractError(f"{name}.gradient goes on with NaN in the weights: let Theta's DivergedError come out")
 
 
-def _sft(method: GradientMethod, theta: Theta) -> Iterator[tuple[str, Vector]]:
+def _sft(method: Descending, theta: Theta) -> Iterator[tuple[str, Vector]]:
     if "alignment" in method.reads:
         rows = batches(method)["alignment"]
         yield "example", theta.grad(nll, rows)

@@ -31,6 +31,8 @@ from immunity.testing.watch import (
 
 STEPS: Final = 4
 KILLED_AFTER: Final = 2
+DERIVED: Final = frozenset({"heldout"})
+"""Roles that are made of others where nobody gives them (``data.dealt``)."""
 KINDS: Final = (
     ("llama", "full", "chat"),
     ("llama", "lora", "alpaca"),
@@ -105,12 +107,13 @@ def problems_come_before_compute(method: Method) -> None:
     model, name = made(), type(method).__name__
     model.network.requires_grad_(False)
     found = [problem.where for problem in problems(method, model, {})]
+    wanted = [role for role in method.reads if role not in DERIVED]
     silent = sorted({"model", *method.reads} - set(found))
     require(
         not silent, f"{name}: without data and with nothing trainable, `problems` does not report {', '.join(silent)}"
     )
     model = made()
-    for missing in method.reads:
+    for missing in wanted:
         data = {role: corpus(role) for role in method.reads if role != missing}
         _require_refused(method, model, data, missing)
 

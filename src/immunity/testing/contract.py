@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from immunity.attacks.attack import Attack
-from immunity.method import GradientMethod, Method
+from immunity.method import GradientMethod, Method, StatefulMethod
 from immunity.testing import check_attack, check_gradient, check_immunise, check_settings
 from immunity.testing.watch import ContractError
 
@@ -58,7 +58,7 @@ def checks(subject: Method | Attack) -> list[Check]:
     ]
     if isinstance(subject, Method) and not check_settings.has_card(subject):
         return [Check(of.__name__, partial(of, subject)) for of in found]
-    if isinstance(subject, GradientMethod):
+    if isinstance(subject, (GradientMethod, StatefulMethod)):
         found += [
             check_gradient.leaves_everything_as_found,
             check_gradient.survives_a_fault_at_every_call,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from immunity.batch import Batch
 from immunity.data.corpus import Corpus, Example
 from immunity.errors import ImmunityError
-from immunity.fit import Batches
+from immunity.fit import Batches, Direction
 from immunity.losses import Loss, causal_lm
 from immunity.method import Method
 from immunity.models import LanguageModel, LoRA, attach
@@ -184,17 +184,17 @@ def batches(method: Method, rows: int = 2) -> dict[str, Batch]:
     return {role: tiny.batch(rows * k, seed=i, role=role) for i, (role, k) in enumerate(method.reads.items())}
 
 
-def direction(method: Any, theta: Theta, batch: Batches) -> Vector:  # noqa: ANN401 - a GradientMethod
-    """The method's direction under the random numbers of one step of ``fit``; the caller's stay as they are."""
+def direction(along: Direction, theta: Theta, batch: Batches) -> Vector:
+    """A direction under the random numbers of one step of ``fit``; the caller's stay as they are."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        found: Vector = method.gradient(theta, batch)
-    return found
+        return along(theta, batch)
 
 
 def corpus(role: str, n: int = 12) -> Corpus:
-    """Made-up, harmless examples; no two roles share one."""
-    rows = tuple(Example(f"{role} {i}?", f"the {role} is {i} and {i * i % 7}") for i in range(n))
+    """Made-up, harmless examples; no two roles share one, but that "safe" answers the prompts of "harmful"."""
+    asks = "harmful" if role == "safe" else role
+    rows = tuple(Example(f"{asks} {i}?", f"the {role} is {i} and {i * i % 7}") for i in range(n))
     return Corpus(role, rows, f"made-in-code:{role}", "CC0-1.0")
 
 
