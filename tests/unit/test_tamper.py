@@ -469,3 +469,20 @@ def test_templates_are_rows(models, tmp_path, tiny_battery):
         ("its own", 0.0),
         ("chatml", 0.0),
     ]
+
+
+def test_runs_on_a_baseline_are_shared_by_what_makes_them(models, tmp_path, tiny_battery):
+    tiny_battery(WEAK, PREFILL)
+    wall, bare = models
+    shelf, first, second = tmp_path / "shelf", Watch(), Watch()
+    one = tamper(tmp_path / "1", wall, bare, shelf=shelf).run(first.shown)
+    other = release(tmp_path / "other", seed=2)
+    two = tamper(tmp_path / "2", other, bare, shelf=shelf).run(second.shown)
+    assert {title for title in first.computed if bare in title}, "the first one runs them"
+    assert not {title for title in second.computed if bare in title}, "the second one finds them"
+    assert {title for title in second.computed if other in title}, "a hardened model is never on the shelf"
+    mine, theirs = ([c for c in result["curves"] if c["defence"] == bare] for result in (one, two))
+    assert mine == theirs and len(mine) == 2
+    third = Watch()
+    tamper(tmp_path / "3", other, bare, shelf=shelf, seed=5).run(third.shown)
+    assert {title for title in third.computed if bare in title}, "another seed is another run"

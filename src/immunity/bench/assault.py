@@ -129,6 +129,11 @@ class Assault(Job):
             "stop": None if self.stop is None else asdict(self.stop),
         }
 
+    def on(self, shelf: Path) -> Assault:
+        """The same job, kept among those that several results share."""
+        named = "-".join(filter(None, (self.name, f"seed{self.attack.seed}", self.fresh)))
+        return replace(self, folder=store.shelved(shelf, named, self.identity()))
+
     def work(self, tell: Tell) -> dict[str, Any]:
         """See :meth:`Job.work`."""
         found = self.opening.load("merged")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -87,6 +89,21 @@ def claim(folder: Path, identity: Mapping[str, Any], *, write_card: bool = True)
     if known is None and write_card and not (folder / "run.json").exists():  # else fit knows whose run that is
         write(card, wanted)
     return done
+
+
+def shelved(shelf: Path, name: str, identity: Mapping[str, Any]) -> Path:
+    """Where a job lies among those that several results share: by all that can change its numbers.
+
+    That is what makes it this job, and the versions of the packages that compute them.
+
+    Args:
+        shelf: Folder of them all.
+        name: For people; two jobs of other names are never one.
+        identity: What makes the job this job.
+    """
+    made = json.dumps([name, plain(identity), versions()], sort_keys=True, ensure_ascii=False)
+    words = re.sub(r"[^A-Za-z0-9.-]+", "-", name).strip("-")
+    return shelf / f"{words[:60]}-{hashlib.sha256(made.encode()).hexdigest()[:16]}"
 
 
 def abandon(folder: Path) -> None:

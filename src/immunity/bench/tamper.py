@@ -65,6 +65,7 @@ class AutoTamper:
             search, the winners once more.
         search: Trials of a search in each family, on every model alike; 0 for none.
         scale: Settings that the adaptive attacks vary.
+        shelf: Folder in which the runs on the baselines are kept, for other results against the same baselines.
     """
 
     model: str
@@ -89,6 +90,7 @@ class AutoTamper:
     dev: Suite | None = None
     search: int = 0
     scale: FineTune = field(default_factory=FineTune)
+    shelf: Path | None = None
 
     def __post_init__(self) -> None:
         if self.battery not in NAMES:
@@ -186,7 +188,7 @@ class AutoTamper:
         chosen = build(recipe.attack, {"seed": self.seed if seed is None else seed})
         suite = self._suite if fresh != "artefact" or self.dev is None else self.dev
         name = f"{recipe.id.replace('/', '-')}-seed{chosen.seed}{'-fresh' if fresh == 'artefact' else ''}"
-        return Assault(
+        job = Assault(
             name=recipe.id,
             defence=model,
             attack=chosen,
@@ -198,6 +200,7 @@ class AutoTamper:
             stop=None if self.whole_curves else Broken(phi=self.phi) if until is None else Until(step=until),
             fresh=fresh,
         )
+        return job if self.shelf is None or model == self.model else job.on(self.shelf)
 
     def _role(self, name: str) -> str:
         """A model that was only aligned, and is attacked by itself, is there to see whether attacks are any good."""
