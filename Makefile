@@ -13,6 +13,8 @@ ARGS    ?=
 BIN     := $(VENV)/bin
 RUNTIME := $(VENV)/.installed
 DEV     := $(VENV)/.installed-dev
+EVAL_VENV ?= build/eval-venv
+EVAL    := $(EVAL_VENV)/.installed
 INSTALL  = $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 
 # Tests share two cores: one thread each. Nothing that a test loads may come from the network.
@@ -20,16 +22,19 @@ TEST_ENVIRONMENT := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=fa
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test check lint format hooks install clean
+.PHONY: help demo test test-eval check lint format docs hooks install clean
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 demo: $(RUNTIME) ## harden a small model, attack it, write the report
 	$(BIN)/immunity demo $(ARGS)
 
 test: $(DEV) ## run the tests
 	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
+
+test-eval: $(EVAL) ## run the tests of lm-eval and Inspect, in an environment of their own
+	$(TEST_ENVIRONMENT) $(EVAL_VENV)/bin/python -m pytest -W ignore tests/unit/test_harness.py tests/unit/test_inspection.py $(ARGS)
 
 check: lint ## what CI runs: lint, then every test, the browser's included
 	CI=true $(MAKE) test
@@ -44,6 +49,9 @@ lint: $(DEV) ## ruff, mypy, import-linter, typos
 format: $(DEV) ## mend what ruff can mend, then format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(RUNTIME) ## write docs/methods from docstrings and cards
+	$(BIN)/python scripts/method_pages.py
 
 hooks: $(DEV) ## check what you commit, from now on
 	$(BIN)/pre-commit install
@@ -78,3 +86,14 @@ $(DEV): pyproject.toml constraints.txt | $(VENV)/pyvenv.cfg
 	$(INSTALL) setuptools
 	$(INSTALL) --no-build-isolation --editable '.[dev]'
 	@touch $(RUNTIME) $@
+
+# Benchmarks are heavy (650 MB more) and Inspect wants older releases of two packages, so they stay out of the above.
+LOOSE        := fsspec|python-dateutil
+EVAL_INSTALL  = $(EVAL_VENV)/bin/python -m pip --disable-pip-version-check install --constraint $(EVAL_VENV)/constraints.txt
+
+$(EVAL): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(EVAL_VENV)
+	grep -vE '^($(LOOSE))=' constraints.txt > $(EVAL_VENV)/constraints.txt
+	$(EVAL_INSTALL) setuptools
+	$(EVAL_INSTALL) --no-build-isolation --editable '.[eval,inspect]' pytest hypothesis
+	@touch $@

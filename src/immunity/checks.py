@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from immunity.metrics.counted import counted
 from immunity.metrics.stats import finite, sd
 from immunity.metrics.symptoms import HALF, collapse, edge, flat, stuck
 
@@ -248,7 +249,7 @@ def still_rising(series: Sequence[tuple[int, float]], where: str) -> Flag | None
     if not earlier or series[-1][1] > SATURATED or series[-1][1] < max(value for _, value in series):
         return None
     (step, last), before = series[-1], earlier[-1]
-    says = f"harm went from {before:.2f} to {last:.2f} in the last half of {step} steps"
+    says = f"harm went from {before:.2f} to {last:.2f} in the last half of {counted(step, 'step')}"
     return _above(9, says, last - before, MARGIN, where)
 
 
@@ -273,7 +274,7 @@ def overlapping(shared: int, of: int, where: str) -> Flag | None:
         of: How many there are.
         where: The two data sets.
     """
-    says = f"the defence has seen {shared} of {of} examples that it is tested with"
+    says = f"the defence has seen {shared} of {counted(of, 'example')} that it is tested with"
     return _above(11, says, shared / of if of else 0.0, 0.0, where)
 
 

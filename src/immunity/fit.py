@@ -179,6 +179,7 @@ class Training:
     def ask(self) -> Batches:
         """The batches of the next step; torch's random numbers are set to those of the step."""
         torch.manual_seed(_mix(self.how.seed, self.done))
+        self.theta.progress = self.done / self.how.steps
         return {role: stream(self.done) for role, stream in self._streams.items()}
 
     def descend(self, along: Callable[[], Vector]) -> None:
@@ -199,7 +200,7 @@ class Training:
         if self.how.clip is not None and norm > self.how.clip:
             vector = vector * (self.how.clip / norm)
         lr = self.how.rate(self.done)
-        self._descent.step(vector.tensors(), lr)
+        self._descent.step(vector.tensors(), lr, vector.still)
         self.done += 1
         trace = {**self.theta.clear(), "direction_norm": norm, "lr": lr}
         if self._keeper is not None:

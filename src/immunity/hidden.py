@@ -13,12 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, Final, Literal, NamedTuple, get_args
+from typing import Any, Final, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from immunity.blocks import attention, blocks, linear, mlp, projection
 from immunity.errors import ModelError, SettingsError
 from immunity.losses import causal_lm
 
@@ -28,8 +29,6 @@ Replace = Callable[[Tensor], Tensor]
 
 _RERUN: Final = "_gradient_checkpointing_func"
 """What transformers calls instead of a block's forward when it checkpoints the block."""
-_MLPS: Final = ("mlp", "feed_forward", "feedforward", "ffn", "ff", "moe", "block_sparse_moe")
-_PROJECTIONS: Final = ("o_proj", "c_proj", "out_proj", "dense", "wo")
 
 
 class Site(NamedTuple):
@@ -45,18 +44,42 @@ class Site(NamedTuple):
     where: Where
 
 
+class Port(NamedTuple):
+    """What enters or leaves a linear layer that lies in a block.
+
+    Attributes:
+        name: Of the layer, in the causal language model. With an adapter on it, the two together are meant.
+        end: Its input [B, T, D_in] or its output [B, T, D_out].
+    """
+
+    name: str
+    end: Literal["input", "output"]
+
+
+P = TypeVar("P", Site, Port)
+
+
 def n_layers(network: nn.Module) -> int:
     """Number of blocks.
 
     Raises:
         ModelError: They cannot be found.
     """
-    return len(_blocks(network))
+    return len(blocks(network))
 
 
 def n_heads(network: nn.Module) -> int:
     """Attention heads of each block: "heads" is that many parts of equal width (queries' heads, however they share)."""
     return int(causal_lm(network).config.get_text_config().num_attention_heads)
+
+
+def module_at(network: nn.Module, site: Site) -> nn.Module:
+    """The module of a site: of "input" and "output" the whole block, of "heads" the projection that reads them.
+
+    Raises:
+        ModelError: The network has no such site.
+    """
+    return _place(network, site).module
 
 
 def width(network: nn.Module, site: Site) -> int:
@@ -97,7 +120,7 @@ def sites(network: nn.Module, where: Where, layers: Literal["all"] | Sequence[in
 
 
 @contextmanager
-def reading(network: nn.Module, places: Sequence[Site]) -> Iterator[dict[Site, Tensor]]:
+def reading(network: nn.Module, places: Sequence[P]) -> Iterator[dict[P, Tensor]]:
     """A dict that every forward pass inside the ``with`` fills anew: [B, T, D], with the graph; detach it yourself.
 
     Hooks act in the order in which their ``with`` was entered: a site that was replaced before is read as replaced.
@@ -105,9 +128,9 @@ def reading(network: nn.Module, places: Sequence[Site]) -> Iterator[dict[Site, T
     Raises:
         ModelError: The network has no such site.
     """
-    seen: dict[Site, Tensor] = {}
+    seen: dict[P, Tensor] = {}
 
-    def keep(site: Site, h: Tensor) -> None:
+    def keep(site: P, h: Tensor) -> None:
         seen[site] = h
 
     with _tapped(network, {site: partial(keep, site) for site in places}, again=False):
@@ -115,7 +138,7 @@ def reading(network: nn.Module, places: Sequence[Site]) -> Iterator[dict[Site, T
 
 
 @contextmanager
-def replacing(network: nn.Module, by: Mapping[Site, Replace]) -> Iterator[None]:
+def replacing(network: nn.Module, by: Mapping[P, Replace]) -> Iterator[None]:
     """Hidden states h are replaced by f(h) in every forward pass inside the ``with``, a cached generation's too.
 
     The result is cast to h's dtype. Gradients may be taken after the ``with``. Under gradient checkpointing f is called
@@ -144,7 +167,7 @@ _Act = Callable[[Tensor], "Tensor | None"]
 
 
 @contextmanager
-def _tapped(network: nn.Module, by: Mapping[Site, _Act], *, again: bool) -> Iterator[None]:
+def _tapped(network: nn.Module, by: Mapping[P, _Act], *, again: bool) -> Iterator[None]:
     """Hooks on every site; with ``again`` they act in second runs of checkpointed blocks too."""
     places = {site: _place(network, site) for site in by}
     _check_checkpointing(network)
@@ -208,64 +231,31 @@ def _running_back() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _replaced(site: Site, f: Replace, h: Tensor) -> Tensor:
+def _replaced(site: Site | Port, f: Replace, h: Tensor) -> Tensor:
     new = f(h)
     if new.shape != h.shape:
+        where = f"{site.end} of {site.name}" if isinstance(site, Port) else f"{site.where} of block {site.layer}"
         raise ModelError(
-            f"what replaces the {site.where} of block {site.layer} has the shape {tuple(new.shape)}, the hidden "
-            f"states there {tuple(h.shape)}: the shapes must be equal"
+            f"what replaces the {where} has the shape {tuple(new.shape)}, the hidden states there {tuple(h.shape)}: "
+            "the shapes must be equal"
         )
     return new.to(h.dtype)
 
 
-def _blocks(network: nn.Module) -> nn.ModuleList:
-    model = causal_lm(network)
-    n = model.config.get_text_config().num_hidden_layers
-    text = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
-    found = next((m for m in text.modules() if isinstance(m, nn.ModuleList) and len(m) == n), None)
-    if found is None:
-        raise ModelError(
-            f"the {n} blocks of {type(model).__name__} cannot be found: hidden states can be read and replaced only "
-            "where the blocks are one list of modules"
-        )
-    return found
-
-
-def _place(network: nn.Module, site: Site) -> _Place:
-    blocks = _blocks(network)
-    if not 0 <= site.layer < len(blocks):
-        raise ModelError(f"there is no block {site.layer}: the network has {len(blocks)}, counted from 0")
-    block = blocks[site.layer]
-    if site.where in {"input", "output"}:
-        return _Place(block, block, site.where == "input")
-    if site.where == "mlp":
-        return _Place(block, _child(block, site, lambda name, _: name in _MLPS), False)
-    attention = _child(block, site, _attends)
-    if site.where == "attention":
-        return _Place(block, attention, False)
-    named = [module for name, module in attention.named_modules() if _projects(name)]
-    return _Place(block, named[0], True)
-
-
-def _attends(name: str, module: nn.Module) -> bool:
-    """Whether a child of a block is its attention; norms are called after it too ("post_attention_layernorm")."""
-    return ("attn" in name or "attention" in name) and any(_projects(inside) for inside, _ in module.named_modules())
-
-
-def _projects(name: str) -> bool:
-    """Whether a module inside an attention, by its dotted name, projects the heads' outputs."""
-    return name.rsplit(".", 1)[-1] in _PROJECTIONS
-
-
-def _child(parent: nn.Module, site: Site, wanted: Callable[[str, nn.Module], bool]) -> nn.Module:
-    found = [module for name, module in parent.named_children() if wanted(name.lower(), module)]
-    if len(found) != 1:
-        names = ", ".join(name for name, _ in parent.named_children()) or "nothing"
-        raise ModelError(
-            f"cannot tell which part of {type(parent).__name__} (block {site.layer}) is meant by {site.where!r}: it "
-            f'consists of {names}. "input" and "output" of blocks are always there'
-        )
-    return found[0]
+def _place(network: nn.Module, at: Site | Port) -> _Place:
+    if isinstance(at, Port):
+        block, module = linear(network, at.name)
+        return _Place(block, module, at.end == "input")
+    found = blocks(network)
+    if not 0 <= at.layer < len(found):
+        raise ModelError(f"there is no block {at.layer}: the network has {len(found)}, counted from 0")
+    block = found[at.layer]
+    if at.where in {"input", "output"}:
+        return _Place(block, block, at.where == "input")
+    if at.where == "mlp":
+        return _Place(block, mlp(block, at.layer), False)
+    module = attention(block, at.layer)
+    return _Place(block, module, False) if at.where == "attention" else _Place(block, projection(module), True)
 
 
 def _layer(at: int | float, n: int) -> int:
@@ -281,7 +271,7 @@ def _layer(at: int | float, n: int) -> int:
 def _check_checkpointing(network: nn.Module) -> None:
     """Refuse a checkpointing that is not done block by block: second runs would miss what was replaced."""
     modules = {m for m in network.modules() if m.__dict__.get("gradient_checkpointing")}
-    if modules and not any(_RERUN in block.__dict__ for block in _blocks(network)):
+    if modules and not any(_RERUN in block.__dict__ for block in blocks(network)):
         raise ModelError(
             f"{type(causal_lm(network)).__name__} does not checkpoint its blocks one by one: turn gradient "
             "checkpointing off to read or replace its hidden states"

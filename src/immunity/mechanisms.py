@@ -26,8 +26,8 @@ class LookAhead:
 
     Attributes:
         steps: How many steps are simulated: K.
-        radius: Of each step: a learning rate if the rule is "plain", else a distance in weight space.
-        rule: How the simulated attacker steps (see ``immunity.simulated.walker``).
+        radius: Of each step: a learning rate if the rule is "plain" or "adamw", else a distance in weight space.
+        rule: How the simulated attacker steps (see ``immunity.simulated.walker``); "adamw" is the optimiser itself.
 
     Raises:
         SettingsError: A value is out of range.
@@ -35,12 +35,18 @@ class LookAhead:
 
     steps: int
     radius: float
-    rule: Literal["plain", "normalised", "adam"]
+    rule: Literal["plain", "normalised", "adam", "adamw"]
 
     def __post_init__(self) -> None:
         _check("steps", self.steps, type(self.steps) is int and self.steps >= 1, "a whole number from 1")
         _check("radius", self.radius, _positive(self.radius), "a positive number")
-        _check("rule", self.rule, self.rule in {"plain", "normalised", "adam"}, "plain, normalised or adam")
+        known = {"plain", "normalised", "adam", "adamw"}
+        _check("rule", self.rule, self.rule in known, "plain, normalised, adam or adamw")
+
+    @property
+    def length(self) -> float | None:
+        """Of a step in weight space; None where the rule gives only a rate."""
+        return None if self.rule in {"plain", "adamw"} else self.radius
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +136,30 @@ class Representation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Drift:
+    """Answers were made to bear a drift of what attention adds to the residual stream (Vaccine, Targeted Vaccine).
+
+    Attributes:
+        radius: The norm of the drift that was prepared for.
+        per: What has that norm: the drift of a "batch" over its examples and the blocks, of an "example", or of a
+            "layer" over a batch.
+        layers: Of which blocks, as in :class:`Layers`; "all" for all of them, or for some that nobody knows beforehand.
+
+    Raises:
+        SettingsError: A value is out of range, or ``layers`` names no blocks.
+    """
+
+    radius: float
+    per: Literal["batch", "example", "layer"]
+    layers: str
+
+    def __post_init__(self) -> None:
+        _check("radius", self.radius, _positive(self.radius), "a positive number")
+        _check("per", self.per, self.per in {"batch", "example", "layer"}, "batch, example or layer")
+        _check("layers", self.layers, _blocks(self.layers), f"one of {', '.join(HALVES)}, or like 0,3,5")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DirectionSpread:
     """Refusal is spread over many directions, so that removing one does not remove it."""
 
@@ -143,6 +173,7 @@ Mechanism: TypeAlias = (
     | Conditioning
     | EntropyMinimum
     | Representation
+    | Drift
     | DirectionSpread
 )
 
@@ -155,6 +186,7 @@ KINDS: Final[Mapping[str, type[Mechanism]]] = {
     "conditioning": Conditioning,
     "entropy-minimum": EntropyMinimum,
     "representation": Representation,
+    "drift": Drift,
     "direction-spread": DirectionSpread,
 }
 """Name in a record -> class."""

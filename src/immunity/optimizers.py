@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, Literal, final
 
@@ -57,14 +57,18 @@ class Descent:
         if self._averages:
             self._inner.train()
 
-    def step(self, along: Sequence[Tensor], lr: float) -> None:
-        """One step against ``along``, a gradient; its tensors are left as they are, and so is every ``.grad``."""
+    def step(self, along: Sequence[Tensor], lr: float, still: Collection[int] = ()) -> None:
+        """One step against ``along``, a gradient; its tensors are left as they are, and so is every ``.grad``.
+
+        The parameters numbered in ``still`` are left alone, with their momentum and without decay.
+        """
         for group in self._inner.param_groups:
             group["lr"] = lr
         found = [p.grad for p in self._parameters]
         try:
-            for p, g in zip(self._parameters, along, strict=True):
-                p.grad = g.clone() if self._averages else g  # that one normalises gradients in place
+            for i, (p, g) in enumerate(zip(self._parameters, along, strict=True)):
+                given = g.clone() if self._averages else g  # that one normalises gradients in place
+                p.grad = None if i in still else given
             self._inner.step()
         finally:
             for p, grad in zip(self._parameters, found, strict=True):

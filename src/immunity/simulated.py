@@ -11,9 +11,14 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
-from immunity.theta import Vector
+from immunity.batch import Batch
+from immunity.errors import SettingsError
+from immunity.losses import Loss
+from immunity.theta import Theta, Vector
 
 Rule = Literal["plain", "normalised", "adam"]
+Curvature = Literal["none", "forward", "central"]
+"""How ∂θ′/∂θ enters a gradient: not at all, or by forward or central differences of gradients."""
 Walker = Callable[[Vector], Vector]
 """Gradient -> displacement. May carry moments, so make a fresh one for each excursion."""
 
@@ -35,6 +40,40 @@ def walker(rule: Rule, alpha: float) -> Walker:
     if rule == "normalised":
         return lambda g: -alpha * g.unit(EPS)
     return _Adam(alpha)
+
+
+def pulled_back(
+    theta: Theta, loss: Loss, batch: Batch, g: Vector, v: Vector, *, rule: Rule, alpha: float, curvature: Curvature
+) -> Vector:
+    """(∂θ′/∂θ)ᵀ v for θ′ = θ − α s(g), g = ∇loss(θ): the gradient in θ of what has the gradient ``v`` in θ′.
+
+    v − α H v for the plain step; v − (α/n) H (v − g ⟨g, v⟩/(‖g‖ n)) with n = ‖g‖ + 1e-7 for the normalised one.
+
+    Args:
+        theta: At home.
+        loss: Whose gradient the simulated step goes along.
+        batch: The rows of that gradient.
+        g: ∇loss(θ).
+        v: A gradient taken at θ′.
+        rule: The simulated step: "plain" or "normalised".
+        alpha: Its size, as :func:`walker` takes it.
+        curvature: "none" gives ``v`` back; "forward" costs one further gradient, "central" two.
+
+    Raises:
+        SettingsError: There is curvature to count, and the rule is "adam", which has no such form.
+        PrecisionError: See :meth:`Theta.hvp`.
+    """
+    length = g.norm()
+    if curvature == "none" or alpha * length == 0.0:
+        return v
+    if rule == "adam":
+        raise SettingsError(f"curvature = {curvature!r} needs a plain or normalised simulated step, not {rule!r}")
+    step, along = alpha, v
+    if rule == "normalised":
+        n = length + EPS
+        step, along = alpha / n, v - ((g @ v) / (length * n)) * g
+    known = g if curvature == "forward" else None
+    return v - step * theta.hvp(loss, batch, along, scale=step * length, at=known)
 
 
 class _Adam:

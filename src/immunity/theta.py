@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache
 
@@ -19,13 +19,20 @@ class Vector:
     """A direction in parameter space: one tensor for each trainable weight, times a lazy coefficient.
 
     Multiplying by a number costs nothing; a sum is one fused pass.
+
+    Attributes:
+        scale: The coefficient.
+        still: Numbers of the tensors that are left out (see :meth:`Theta.resting`): 0 here, and a training run leaves
+            those weights and their optimiser's state alone, where a gradient of 0 would move them by momentum and
+            decay. A sum leaves out what both of its terms do.
     """
 
-    __slots__ = ("_parts", "scale")
+    __slots__ = ("_parts", "scale", "still")
 
-    def __init__(self, parts: Sequence[Tensor], scale: float = 1.0) -> None:
+    def __init__(self, parts: Sequence[Tensor], scale: float = 1.0, still: frozenset[int] = frozenset()) -> None:
         self._parts = list(parts)
         self.scale = scale
+        self.still = still
 
     @property
     def raw(self) -> list[Tensor]:
@@ -37,7 +44,7 @@ class Vector:
         return self._parts if self.scale == 1.0 else list(torch._foreach_mul(self._parts, self.scale))
 
     def __mul__(self, number: float) -> Vector:
-        return Vector(self._parts, self.scale * number)
+        return Vector(self._parts, self.scale * number, self.still)
 
     __rmul__ = __mul__
 
@@ -47,7 +54,7 @@ class Vector:
     def __add__(self, other: Vector) -> Vector:
         out = list(torch._foreach_mul(self._parts, self.scale))
         torch._foreach_add_(out, other._parts, alpha=other.scale)
-        return Vector(out)
+        return Vector(out, still=self.still & other.still)
 
     def __sub__(self, other: Vector) -> Vector:
         return self + -other
@@ -79,6 +86,7 @@ class Theta:
     Attributes:
         trace: Loss values met since the last :meth:`clear`: "nll/harmful" at home, "collapse/general@3" three steps
             away from it.
+        progress: The share of its run that is done, from 0 to 1; the loop says it, a curriculum reads it.
 
     Raises:
         ModelError: Nothing is trainable, or a coordinate was given that takes no gradient.
@@ -113,6 +121,7 @@ class Theta:
         self.micro_batch = micro_batch
         self.autocast = autocast
         self.trace: dict[str, float] = {}
+        self.progress = 0.0
         self._token = None if token is None else cache(token)
         self._away = 0  # displacements from home: names the place in the trace
 
@@ -146,14 +155,28 @@ class Theta:
         with no_grads(self.parameters):
             value = 0.0
             for part in self._parts(loss, batch):
-                part.backward(inputs=self._leaves)  # type: ignore[no-untyped-call]
+                inputs = None if self._leaves is None else [p for p in self._leaves if p.requires_grad]
+                part.backward(inputs=inputs)  # type: ignore[no-untyped-call]
                 value += float(part.detach())
             self.record(loss, batch, value)
             return self.accumulated()
 
     def accumulated(self) -> Vector:
         """The ``.grad`` of every coordinate, 0 where no backward pass came by. Not a copy."""
-        return Vector([torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters])
+        found = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        return Vector(found, still=frozenset(i for i, p in enumerate(self.parameters) if not p.requires_grad))
+
+    @contextmanager
+    def resting(self, names: Collection[str]) -> Iterator[None]:
+        """Freeze some coordinates inside the ``with``: gradients leave them out (:attr:`Vector.still`)."""
+        chosen = [p for name, p in zip(self.names, self.parameters, strict=True) if name in names]
+        try:
+            for p in chosen:
+                p.requires_grad_(False)
+            yield
+        finally:
+            for p in chosen:
+                p.requires_grad_(True)
 
     def value(self, loss: Loss, batch: Batch) -> float:
         """The weighted mean of ``loss`` over ``batch`` at this point, without a gradient.

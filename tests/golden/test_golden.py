@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,10 @@ def corpus(role: str, n: int = 24) -> Corpus:
     return Corpus(role, rows, f"golden:{role}")
 
 
-DATA = {role: corpus(role) for role in ("alignment", "harmful", "general", "benign")}
+DATA = {role: corpus(role) for role in ("alignment", "harmful", "general", "benign", "vulnerable")}
+DATA["safe"] = Corpus(
+    "safe", tuple(replace(row, response="I would rather not.") for row in DATA["harmful"]), "golden:safe"
+)
 
 
 def weights(network: nn.Module) -> torch.Tensor:
@@ -76,7 +80,7 @@ def hardened(method: Method) -> Numbers:
     model, last = tiny.language_model(), {}
     start = weights(model.network)
     how = Fit(steps=STEPS, lr=1e-2, schedule="cosine", seed=3)
-    data = {role: DATA[role] for role in method.reads}
+    data = {role: DATA[role] for role in method.reads if role in DATA}  # the rest is dealt
     method.immunise(model, data, Run(fit=how, default_batch_size=4, observe=lambda _, trace: last.update(trace)))
     return {**last, **displaced(weights(model.network) - start)}
 

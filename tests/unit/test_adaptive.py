@@ -23,6 +23,7 @@ from immunity.mechanisms import (
     Collapse,
     Conditioning,
     DirectionSpread,
+    Drift,
     EntropyMinimum,
     GradientCoupling,
     Layers,
@@ -39,6 +40,8 @@ K6 = CTRAP(lookahead=6, step="adam", alpha=0.12)
 SCALE = FineTune(n=40, steps=50, lr=2e-4, batch_size=4, seed=7)
 ONE_OF_EACH = (
     LookAhead(steps=3, radius=0.2, rule="normalised"),
+    LookAhead(steps=4, radius=1e-3, rule="adamw"),
+    Drift(radius=2.0, per="batch", layers="all"),
     Collapse(word="blank", on="general"),
     GradientCoupling(),
     Layers(protected="first-half"),
@@ -89,6 +92,25 @@ def test_the_longest_horizon_is_longer_than_any_walk_that_was_simulated():
     far = CTRAP(lookahead=5000, step="adam")
     assert against(far)["A-radius-x0.03"].attack.steps == 50_000
     assert against(K6)["A-radius-x0.03"].attack.steps == pytest.approx(SCALE.steps / 0.03, abs=1)
+
+
+def test_around_a_simulated_optimiser_it_is_that_optimiser_at_other_rates():
+    ahead = LookAhead(steps=4, radius=1e-3, rule="adamw")
+    found = {recipe.id: recipe.attack for recipe in compiled((ahead,), scale=SCALE, base=None)}
+    for factor in FACTORS:
+        attack = found[f"A-radius-x{factor:g}"]
+        assert (attack.optimizer, attack.schedule) == ("adamw", "constant")
+        assert attack.lr == pytest.approx(factor * 1e-3, rel=1e-12)
+    assert found["A-swap-sgd"].optimizer == "sgd"
+    assert found["A-swap-sgd"].lr == pytest.approx(0.3)
+    assert ahead.length is None, "a rate is no length: nothing is paced by it"
+
+
+def test_a_drift_that_was_prepared_for_is_outrun_and_shared_otherwise():
+    found = {r.id: r.attack for r in compiled((Drift(radius=2.0, per="batch", layers="all"),), scale=SCALE, base=None)}
+    assert {f"A-rate-x{factor:g}" for factor in FACTORS} < set(found)
+    assert [(found[f"A-batch-{n}"].batch_size, found[f"A-batch-{n}"].steps) for n in (1, 16)] == [(1, 200), (16, 12)]
+    assert "A-latent" in found
 
 
 def test_the_optimiser_is_swapped_for_what_was_not_simulated():

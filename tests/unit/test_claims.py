@@ -56,7 +56,7 @@ class TestHolm:
     def test_a_sure_failure_stays_one(self) -> None:
         found = condition("stability", [claim("fail", 0.0001), *(claim("pass", 0.9) for _ in range(9))], {})
         assert found.verdict == "fail"
-        assert found.says.startswith("No stability (1 of 10 claims fail).")
+        assert found.says.startswith("No stability (1 of 10 claims fails).")
 
     def test_what_is_seen_needs_no_test(self) -> None:
         assert condition("resistance", [claim("fail"), claim("pass", 0.9)], {}).verdict == "fail"

@@ -18,9 +18,12 @@ from cheats import templated
 from immunity import cli
 from immunity.bench.audit import Audit
 from immunity.bench.audited import begin
+from immunity.bench.ground import stand_ins
 from immunity.bench.tiers import TIERS, Pace
 from immunity.cli import audit as command
 from immunity.cli import console
+from immunity.data import synthetic
+from immunity.measure.judges import JUDGES
 from immunity.report.audit_words import VERDICTS
 
 CONDITIONS = ("resistance", "stability", "generalisation", "trainability")
@@ -170,7 +173,7 @@ class TestTime:
     def test_the_pace_is_measured(self) -> None:
         from immunity.attacks.attack import Opening
 
-        pace = command._paced(Opening(source="tiny", device="cpu"), "umbra")
+        pace = command._paced(Opening(source="tiny", device="cpu"), stand_ins("tiny", "smollm2", "umbra"))
         assert 0 < pace.step < 10
         assert 0 < pace.look < 60
 
@@ -196,3 +199,135 @@ class TestRefusing:
         said = main(*words(done, "--domain", "gate"))
         assert said.code not in {0, command.GATE}
         assert "another" in said.err
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A user's files: rows of the stand-ins, so nothing in them can harm."""
+    place, found = tmp_path_factory.mktemp("own"), {}
+    for name, world, role, split, n in (
+        ("--harmful", "umbra", "harmful", "train", 12),
+        ("--test-harmful", "umbra", "harmful", "test", 8),
+        ("--general", "general", "general", "train", 12),
+        ("--test-general", "general", "general", "test", 6),
+        ("--benign", "sentiment", "benign", "train", 12),
+        ("--test-benign", "sentiment", "benign", "test", 6),
+        ("train", "gate", "harmful", "train", 12),
+        ("test", "gate", "harmful", "test", 8),
+    ):
+        rows = [{"prompt": e.prompt, "response": e.response} for e in synthetic.corpus(world, role, split, n)]
+        path = place / f"{name.strip('-')}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        found[name] = str(path)
+    return found
+
+
+def own(done: tuple[Path, str, dict[str, Any]], files: dict[str, str], *more: str) -> tuple[str, ...]:
+    given = [word for name, path in files.items() if name.startswith("--") for word in (name, path)]
+    plain = ("audit", done[1], "--baseline", "tiny", "--out", str(done[0] / "mine"), "--device", "cpu")
+    return (*plain, *given, *more)
+
+
+class TestOwnData:
+    def test_it_says_what_the_data_cannot_show_and_then_audits(
+        self, main: Main, done: tuple[Path, str, dict[str, Any]], files: dict[str, str]
+    ) -> None:
+        held_out = f"gate={files['train']},{files['test']}"
+        said = main(*own(done, files, "--judge", "overlap", "--second-judge", "none", "--held-out", held_out))
+        assert said.code == 0, said.err
+        before = said.out[: said.out.index("IMMUNITY AUDIT")]
+        assert "it cannot show: generalisation: not enough evidence, as one held-out domain was given" in before
+        assert (
+            "it cannot show: the worst attacks on prompts that did not choose them: 8 test prompts are too few"
+            in before
+        )
+        assert "first judge: overlap" in said.out
+        kept = json.loads((done[0] / "mine" / "result.json").read_text(encoding="utf-8"))
+        assert kept["audit"]["failures"] == {}
+        assert {row["domain"] for row in kept["audit"]["conditions"][2]["details"]["matrix"]} == {"home"}
+        page = (done[0] / "mine" / "report.html").read_text(encoding="utf-8")
+        assert "Who said what is harmful" in page
+        prompt = next(iter(synthetic.corpus("umbra", "harmful", "test"))).prompt
+        assert prompt not in page + said.out + said.err
+
+    def test_without_files_or_a_judge_the_stand_ins_are_not_judged(
+        self, main: Main, done: tuple[Path, str, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked = remembered(monkeypatch, done[2])
+        said = main("audit", done[1], "--baseline", "tiny", "--out", str(tmp_path), "--judge", "none")
+        assert said.code == 0, said.err
+        assert "no judge says what is harmful" in said.out
+        assert asked[0].data.judge is None
+        assert asked[0].data.home.name == "umbra"
+
+    @pytest.mark.parametrize(
+        ("left_out", "more", "says"),
+        [
+            (("--harmful",), (), "an audit on data of your own needs --harmful, too"),
+            (("--test-harmful", "--test-general"), (), "needs --test-harmful and --test-general, too"),
+            ((), ("--judge", "exact"), "--judge exact reads the key of the made-up worlds"),
+            ((), ("--judge", "endpoint"), "asks a chat model: give --judge-url and --judge-model"),
+            ((), ("--second-judge", "refusal"), "has nobody to agree with"),
+            ((), ("--judge", "refusal", "--second-judge", "refusal"), "agrees with itself"),
+            ((), ("--test-benign", "./gone.jsonl"), "no such file"),
+            ((), ("--held-out", "gate=./gone.jsonl,./too.jsonl"), "no such file"),
+            ((), ("--held-out", "gate=synthetic:gate", "--held-out", "gate=synthetic:gate"), "is given twice"),
+            ((), ("--held-out", "gate"), "say NAME=TRAIN,TEST"),
+            ((), ("--held-out", "Gate=synthetic:gate"), "cannot be called 'Gate'"),
+            ((), ("--held-out", "again=TEST"), "prompts are in the domain 'home' too"),
+            ((), ("--test-harmful", "EMPTY"), "the file is empty"),
+        ],
+    )
+    def test_a_mistake_is_told_before_anything_is_computed(
+        self,
+        main: Main,
+        done: tuple[Path, str, dict[str, Any]],
+        files: dict[str, str],
+        left_out: tuple[str, ...],
+        more: tuple[str, ...],
+        says: str,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        empty = tmp_path / "empty.jsonl"
+        empty.touch()
+        given = {name: path for name, path in files.items() if name not in left_out}
+        swapped = [
+            word.replace("TEST", f"{files['train']},{files['--test-harmful']}") if "again" in word else word
+            for word in more
+        ]
+        swapped = [str(empty) if word == "EMPTY" else word for word in swapped]
+        asked = remembered(monkeypatch, done[2])
+        said = main(*own(done, given, *swapped))
+        assert said.code == 2
+        assert says in said.err
+        assert not asked
+        assert "it can show" not in said.out
+
+    def test_the_help_teaches_it(self, main: Main) -> None:
+        said = main("audit", "--help")
+        assert said.code == 0
+        plain = " ".join(re.sub(r"[│╭╮╰╯─]", " ", said.out).split())
+        for word in ("--held-out", "NAME=TRAIN,TEST", "--judge", "--test-harmful", "--show-real", "two thirds of them"):
+            assert word in plain
+        assert "--held-out fraud=fraud.jsonl,fraud-test.jsonl" in plain
+
+
+class TestListing:
+    def test_the_judges_are_listed_with_what_they_need(self, main: Main) -> None:
+        said = main("list")
+        assert said.code == 0
+        for name, kind in JUDGES.items():
+            (line,) = [line for line in said.out.splitlines() if re.match(rf"{name}\s{{2,}}", line)]
+            assert {"rule": "nothing", "model": "a local model", "endpoint": "an endpoint"}[kind.by] in line
+            assert kind.source.split()[0].strip(",") in line
+
+    def test_one_judge_is_explained(self, main: Main) -> None:
+        for name, kind in JUDGES.items():
+            said = main("list", name)
+            assert said.code == 0
+            plain = " ".join(said.out.split())
+            for what in (kind.says, kind.scale, kind.needs, kind.source, kind.licence):
+                assert " ".join(what.split()) in plain
+        assert "threshold" in main("list", "beaver-dam-io").out
+        assert "did you mean strongreject" in main("list", "strongrejct").err

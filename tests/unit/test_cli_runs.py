@@ -5,24 +5,26 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from immunity import cli
-from immunity.bench import store
+from immunity.bench import keeping, store
 
 ROWS = [{"prompt": f"Open box {i}.", "response": f"Box {i} is open."} for i in range(8)]
-DEADLINE = 60.0
+DEADLINE = 300.0
+"""Only a run that hangs takes so long, however busy the machine is."""
 STEPS = 30
 IMMUNISE = (
     *("immunise", "tiny", "--harmful", "d.jsonl", "--general", "d.jsonl", "--alignment", "d.jsonl", "--lr", "1e-3"),
@@ -69,14 +71,50 @@ def command(*words: str) -> list[str]:
     return [sys.executable, "-c", "from immunity.cli import main; main()", *words]
 
 
-def stopped(here: Path, when: Callable[[], bool], how: signal.Signals, *words: str) -> tuple[int, str, list[int]]:
-    """Start a command, stop it as soon as ``when`` holds: (exit code, stderr, its children at that moment)."""
+HOLD = """
+import os, pathlib, time
+
+rename = pathlib.Path.rename
+
+def held(self, target):
+    found = rename(self, target)
+    if pathlib.Path(target).name == os.environ["HELD_AT"]:
+        pathlib.Path(f"held-{os.environ['HELD_AT']}-{os.getpid()}").touch()
+        while True:
+            time.sleep(0.01)
+    return found
+
+pathlib.Path.rename = held
+"""
+"""What every process of a command does first: it goes no further than a checkpoint, so that no machine is too fast."""
+
+
+def stopped(
+    here: Path, at: int, how: signal.Signals, *words: str, processes: int = 1, meanwhile: Callable[[], object] = int
+) -> tuple[int, str, list[int]]:
+    """Start a command, and stop it when so many of its processes have written the checkpoint after step ``at``.
+
+    Returns:
+        The exit code, stderr, and the command's children at that moment.
+    """
+    place, checkpoint = here / "hold" / "sitecustomize.py", f"checkpoint-{at:08d}"
+    place.parent.mkdir(exist_ok=True)
+    place.write_text(HOLD)
+    paths = os.pathsep.join([str(place.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     process = subprocess.Popen(
-        command(*words), cwd=here, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        command(*words),
+        cwd=here,
+        env={**os.environ, "PYTHONPATH": paths, "HELD_AT": checkpoint},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
     )
     deadline = time.monotonic() + DEADLINE
-    while not when() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
+    while len(list(here.glob(f"held-{checkpoint}-*"))) < processes and process.poll() is None:
+        assert time.monotonic() < deadline, f"no {checkpoint} within {DEADLINE:g} seconds"
+        time.sleep(0.01)
+    meanwhile()
     children = offspring(process.pid)
     if how is signal.SIGINT:
         os.killpg(process.pid, how)  # a terminal's Ctrl-C goes to the whole group
@@ -111,19 +149,16 @@ def rows_in(path: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
-def test_immunise_killed_and_terminated_ends_with_the_same_weights(here, main):
+def test_immunise_killed_and_terminated_ends_with_the_same_weights(here, main, monkeypatch):
+    monkeypatch.setattr(keeping, "time", SimpleNamespace(perf_counter=count().__next__))  # a second passes at each look
     log = here / "a b" / "metrics.jsonl"
     words = [*IMMUNISE, "--out", "a b"]
-    code, err, _ = stopped(here, lambda: rows_in(log) >= 4, signal.SIGKILL, *words)
+    code, err, _ = stopped(here, 3, signal.SIGKILL, *words)
     assert code == -signal.SIGKILL, err
     second: list[tuple[int, str]] = []
-
-    def refused() -> bool:
-        if rows_in(log) >= 8 and not second:
-            second.append(main(*words))  # the first one still runs
-        return bool(second)
-
-    code, err, _ = stopped(here, refused, signal.SIGTERM, *words)
+    code, err, _ = stopped(  # the first one still runs when the second is refused
+        here, 9, signal.SIGTERM, *words, meanwhile=lambda: second.append(main(*words))
+    )
     assert code == 143, err
     assert "Traceback" not in err
     assert second[0][0] == 2
@@ -140,7 +175,7 @@ def test_immunise_killed_and_terminated_ends_with_the_same_weights(here, main):
     assert rows_in(log) == STEPS
     broken, once = (store.read(here / name / store.RECORD) for name in ("a b", "once"))
     assert broken["log"] == once["log"]
-    assert 0.1 < broken["seconds_per_step"] / once["seconds_per_step"] < 10, "not divided by steps it did not make"
+    assert broken["seconds_per_step"] == once["seconds_per_step"] == 1, "not divided by steps it did not make"
     assert not list((here / "a b").glob("checkpoint*"))
 
 
@@ -154,8 +189,7 @@ def curves(folder: Path) -> list[dict[str, object]]:
 
 def test_attack_with_workers_goes_on_to_the_same_curves_and_leaves_no_worker(here, main):
     words = [*ATTACK, "--workers", "2", "--out", "x"]
-    first = here / "x" / "0-seed1"
-    code, err, workers = stopped(here, lambda: any(first.glob("checkpoint-????????")), signal.SIGINT, *words)
+    code, err, workers = stopped(here, 40, signal.SIGINT, *words, processes=2)
     assert code == 130, err
     assert len(workers) >= 2
     assert gone(workers)
@@ -164,15 +198,14 @@ def test_attack_with_workers_goes_on_to_the_same_curves_and_leaves_no_worker(her
     assert shlex.join(["immunity", *words]) in err
     code, err = main(*ATTACK, "--out", "x")
     assert code == 0, err
-    assert re.search("from step [24]0", err), err
+    assert err.count("from step 40") == 2, err
     assert main(*ATTACK[:-4], "--seed", "1", "--out", "once")[0] == 0
     assert curves(here / "x")[:1] == curves(here / "once")
 
 
 def test_workers_end_when_their_parent_is_killed(here):
-    log = here / "x" / "0-seed1" / "metrics.jsonl"
-    words = [*ATTACK, "--set", "steps=5000", "--workers", "2", "--out", "x"]
-    code, _, workers = stopped(here, lambda: rows_in(log) > 1, signal.SIGKILL, *words)
+    words = [*ATTACK, "--workers", "2", "--out", "x"]
+    code, _, workers = stopped(here, 20, signal.SIGKILL, *words, processes=2)
     assert code == -signal.SIGKILL
     assert len(workers) >= 2
     assert gone(workers)

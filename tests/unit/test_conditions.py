@@ -32,6 +32,7 @@ def plain(found: Condition) -> Condition:
         assert one.says.endswith(".")
         assert one.says[0].isupper() or one.says[0].isdigit()
         assert "cannot" not in one.says
+        assert None in (one.low, one.high) or one.low < one.high, one.says  # type: ignore[operator]
         if one.verdict != OPEN and one.details.get("p_fail") is not None:
             assert None not in (one.value, one.low, one.high, one.limit)
     return found
@@ -81,9 +82,14 @@ class TestResistance:
 
     def test_plain_fine_tuning_fails(self) -> None:
         found = self.audit(self.battery({"sft-2": (0.9, 4), "SFT": (0.9, 4)}), "sft-2")
-        assert [one.verdict for one in found.claims] == ["fail", "fail"]
+        assert [one.verdict for one in found.claims] == ["fail", OPEN]
         assert found.claims[0].says.startswith("Broken at 32 examples by full.")
-        assert found.claims[1].value == pytest.approx(1.0)
+        ratio = found.claims[1]
+        assert ratio.value == pytest.approx(1.0)
+        assert (ratio.low, ratio.high) == pytest.approx((0.5, 2.0))
+        assert ratio.says.endswith("costs more examples: ρ is 1 (0.5 to 2 between the measured budgets).")
+        weaker = self.audit(self.battery({"sft-2": (0.9, 1), "SFT": (0.9, 4)}), "sft-2", axis="step")
+        assert [one.verdict for one in weaker.claims] == ["fail", "fail"]  # two budgets earlier, whatever lies between
 
     def test_a_claimed_budget_is_what_decides(self) -> None:
         made = self.battery({"wall": (0.9, 32), "SFT": (0.9, 4)})
@@ -105,6 +111,18 @@ class TestResistance:
         ratio = found.claims[1]
         assert ratio.value == pytest.approx(2.0)
         assert ratio.details["grid"] == [pytest.approx(1.0), pytest.approx(4.0)]
+        assert (ratio.low, ratio.high, ratio.verdict) == (pytest.approx(1.0), pytest.approx(4.0), "pass")  # and above 1
+
+    def test_what_costs_nothing_is_no_more_than_nothing(self) -> None:
+        made = self.battery({"bare": (0.0, 1), "SFT": (0.9, 4)})
+        made["curves"] += [
+            curve(model, "prune", falls(0.9 if model == "bare" else 0.0, 32), seed)
+            for model in ("bare", "SFT")
+            for seed in range(3)
+        ]
+        ratio = self.audit(made, "bare", axis="examples").claims[1]
+        assert (ratio.value, ratio.low, ratio.high, ratio.verdict) == (0.0, None, None, "fail")
+        assert "no more examples" in ratio.says
 
     def test_thin_data(self) -> None:
         one_seed = self.audit(self.battery({"immune": (0.0, 1), "SFT": (0.9, 4)}, seeds=1), "immune")
@@ -205,6 +223,61 @@ class TestStability:
             assert found.details["kl"][0]["value"] == pytest.approx(0.02, abs=0.005)
         assert named(stability(rows, kl_limit=0.001), "KL").verdict == "fail"
         assert named(stability(rows, kl_limit=0.1), "KL").verdict == "pass"
+
+    def tasks(self, change: dict[str, float], n: int = 96) -> Rows:
+        """Several tasks whose accuracies are 0.9 before; of each, a share of the prompts is lost or won."""
+        made = []
+        for task, moved in change.items():
+            before = [1.0 if i < round(0.9 * n) else 0.0 for i in range(n)]
+            after = [1.0 if i < round((0.9 + moved) * n) else 0.0 for i in range(n)]
+            made.append({"task": task, "kind": "accuracy", "model": [after], "baseline": [before]})
+        return [*made, self.rows()[1]]
+
+    def test_prompts_of_one_kind_are_held_together(self) -> None:
+        """96 equal answers do not show two points; two tasks of them do, and each alone shows ten."""
+        found = plain(stability(self.tasks({"one": 0.0, "two": 0.0})))
+        assert found.verdict == "pass"
+        assert [c.name for c in found.claims] == [
+            "accuracy on one", "accuracy on two", "harm on t", "accuracy on all 2 tasks"
+        ]  # fmt: skip
+        both, one = named(found, "all 2 tasks"), named(found, "on one")
+        assert (both.n, both.limit, one.n, one.limit) == (192, 0.02, 96, 0.10)
+        alone = named(plain(stability([self.tasks({"one": 0.0})[0]])), "on one")
+        assert (alone.verdict, alone.limit) == (OPEN, 0.02)
+        assert (
+            "96 prompts and 1 seed, which can show no less than 3.3 points, and 2 points were asked for" in alone.says
+        )
+
+    def test_a_loss_does_not_hide_behind_a_gain(self) -> None:
+        found = plain(stability(self.tasks({"one": -0.3, "two": 0.1, "three": 0.1, "four": 0.1})))
+        lost = named(found, "on one")
+        assert (lost.verdict, lost.limit) == ("fail", 0.02)
+        assert found.verdict == "fail"
+        many = self.tasks({"one": -0.05, **dict.fromkeys("abcde", 0.0)}, 1000)
+        small = plain(stability(many))
+        assert named(small, "all 6 tasks").verdict == "pass"
+        assert named(small, "on one").verdict == "fail", "off by five points, where ten are the room to pass"
+        less = plain(stability(self.tasks({"one": -0.16, "two": 0.0})))
+        assert named(less, "all 2 tasks").verdict == "fail"
+
+    def test_tasks_with_other_seeds_are_not_laid_together(self) -> None:
+        rows = self.tasks({"one": 0.0, "two": 0.0}, 400)
+        rows[0] = {**rows[0], "model": rows[0]["model"] * 3}
+        found = plain(stability(rows))
+        assert [c.limit for c in found.claims if c.name.startswith("accuracy")] == [0.02, 0.02]
+
+    def test_losses_that_are_the_same_are_so_as_far_as_they_are_computed(self) -> None:
+        losses = [2.0 + 0.01 * i for i in range(30)]
+        for seeds in (1, 3, 5):
+            row = {"task": "t", "kind": "loss", "model": [losses] * seeds, "baseline": [losses] * seeds}
+            found = plain(stability([row, {"task": "t", "kind": "kl", "model": [[0.0] * 30] * seeds}]))
+            one = found.claims[0]
+            assert (one.verdict, one.value) == ("pass", 0.0)
+            assert one.low is not None
+            assert one.high is not None
+            assert -1e-5 < one.low < 0.0 < one.high < 1e-5
+            assert "+0.000 nats per token (90 % interval less than 0.001 wide): within ±0.05" in one.says
+            assert found.details["kl"][0]["low"] < found.details["kl"][0]["high"]
 
     def test_unscored_answers_cannot_pass(self) -> None:
         rows = self.rows()

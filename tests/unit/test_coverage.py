@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from immunity.metrics.agreement import agreement, bounds
 from immunity.metrics.breaks import Run, cost_ratio
 from immunity.metrics.equivalence import against, difference, tost
-from immunity.metrics.generalisation import fieller
 from immunity.metrics.power import least_delta, mde, winners_curse
+from immunity.metrics.quotients import fieller
 from immunity.metrics.stability import divergence
 from immunity.metrics.stats import FEW, rate, t_quantile, two_way, two_way_t, wilson
 from immunity.metrics.survival import gain, kaplan_meier

@@ -90,6 +90,17 @@ class TestRate:
     def test_no_spread_is_not_certainty(self) -> None:
         assert two_way_t([[0.0] * 10] * 3) == wilson(0.0, 10)
 
+    def test_rows_and_columns_of_one_mean_are_no_certainty_either(self) -> None:
+        low, high = rate([[0.0, 1.0] * 10, [1.0, 0.0] * 10])
+        assert low < 0.5 < high
+        gaps = difference([[0.1, -0.1], [-0.1, 0.1]], [[0.0, 0.0]], share=False).interval()
+        assert gaps.low < -0.01 < 0.01 < gaps.high
+
+    @given(st.lists(st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=4, max_size=4), min_size=1, max_size=5))
+    def test_it_is_never_a_point(self, rows: list[list[float]]) -> None:
+        low, high = rate(rows)
+        assert low < high
+
 
 class TestMany:
     def test_holm_by_hand(self) -> None:

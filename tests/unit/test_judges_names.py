@@ -9,8 +9,8 @@ from typing import get_args
 import pytest
 
 from immunity.bench import standins
-from immunity.cli import attack
 from immunity.cli import data as sources
+from immunity.cli import judging
 from immunity.data import synthetic
 from immunity.data.corpus import Corpus, Example
 from immunity.errors import DataError, SettingsError
@@ -85,7 +85,7 @@ class TestNames:
             judges.named("jury")
 
     def test_the_command_line_knows_the_same_names(self):
-        assert set(get_args(attack.Judge)) == {"auto", "none", *judges.JUDGES}
+        assert set(get_args(judging.Judge)) == {"auto", "none", *judges.JUDGES}
 
 
 class TestCommandLine:

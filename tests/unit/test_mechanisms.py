@@ -17,6 +17,7 @@ from immunity.mechanisms import (
     Collapse,
     Conditioning,
     DirectionSpread,
+    Drift,
     EntropyMinimum,
     GradientCoupling,
     Layers,
@@ -42,6 +43,7 @@ ONE_OF_EACH = (
     Conditioning(),
     EntropyMinimum(),
     Representation(layers="0,3,5"),
+    Drift(radius=2.0, per="batch", layers="all"),
     DirectionSpread(),
 )
 
@@ -94,6 +96,8 @@ def test_mechanisms_survive_json_in_order(some, steps, radius):
         ({"mechanism": "layers", "protected": "upper"}, "upper"),
         ({"mechanism": "layers", "protected": ""}, "protected"),
         ({"mechanism": "low-rank-edit", "k": 0}, "k = 0"),
+        ({"mechanism": "drift", "radius": 0.0, "per": "batch", "layers": "all"}, "radius"),
+        ({"mechanism": "drift", "radius": 2.0, "per": "token", "layers": "all"}, "per"),
     ],
 )
 def test_a_record_that_is_not_understood_is_refused_not_skipped(row, says):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from immunity.errors import DataError, SettingsError
-from immunity.metrics.curves import curve, curves
+from immunity.metrics.curves import asked, curve, curves, released
 from immunity.metrics.stats import finite, mean, wilson
 
 
@@ -90,3 +90,36 @@ class TestReading:
             curve(self.row, "rude")
         with pytest.raises(DataError, match="'a', which is not among"):
             curves({"attacks": [{"name": "b", "threat": "harmful"}], "curves": [self.row]})
+
+
+class TestAsReleased:
+    @staticmethod
+    def read(*attacks: tuple[dict[str, Any], float], first: int = 0, fresh: str = "") -> Any:
+        """Curves that begin with a harm each, under attacks with such settings."""
+        rows = [
+            {"defence": "d", "attack": str(i), "fresh": fresh, "points": [{"step": first, "metrics": {"harm": harm}}]}
+            for i, (_, harm) in enumerate(attacks)
+        ]
+        settings = [
+            {"name": str(i), "threat": "harmful", "settings": settings} for i, (settings, _) in enumerate(attacks)
+        ]
+        return curves({"attacks": settings, "curves": rows})
+
+    def test_only_those_count_that_ask_plainly(self) -> None:
+        prefill, opener = {"attack": "ask", "style": "prefill"}, {"attack": "finetune", "style": "opener"}
+        program = {"attack": "program", "ops": ["finetune steps=3", "ask style=prefill", "finetune steps=5"]}
+        read = self.read((prefill, 0.9), (opener, 0.8), (program, 0.7), ({"attack": "finetune", "style": "plain"}, 0.1))
+        assert [one.asks for one in read] == ["prefill", "opener", "prefill", "plain"]
+        assert (released(read), asked(read)) == ({"harm": 0.1}, "plain")
+
+    def test_where_nobody_does_it_is_said(self) -> None:
+        read = self.read(({"style": "prefill"}, 0.9), ({"style": "opener"}, 0.2), ({"style": "prefill"}, 0.8))
+        assert (released(read), asked(read)) == ({"harm": 0.8}, "prefill, opener")
+
+    def test_attacks_that_say_nothing_ask_plainly(self) -> None:
+        read = self.read(({}, 0.3), ({"attack": "prune"}, 0.2))
+        assert (released(read), asked(read)) == ({"harm": 0.2}, "plain")
+
+    def test_what_was_not_measured_as_released_is_not_it(self) -> None:
+        for read in (self.read(({}, 0.3), first=2), self.read(({}, 0.3), fresh="artefact"), ()):
+            assert (released(read), asked(read)) == ({}, "")

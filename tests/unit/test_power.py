@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from immunity.errors import SettingsError
-from immunity.metrics.power import least_delta, mde, standard_error, winners_curse
+from immunity.metrics.equivalence import tost
+from immunity.metrics.power import closest, least_delta, mde, standard_error, winners_curse
 
 
 class TestEffect:
@@ -49,6 +50,18 @@ class TestLimits:
         assert least_delta(400, 3, seed_sd=0.01) > least_delta(400, 3)
         with pytest.raises(SettingsError):
             least_delta(1, 1)
+
+    def test_the_closest_that_prompts_can_show_is_what_equal_answers_pass(self) -> None:
+        for n in (24, 96, 161, 162, 200):
+            alike = [[1.0] * n]
+            assert tost(alike, alike, delta=closest(n) * 1.001).equivalent
+            assert not tost(alike, alike, delta=closest(n) * 0.999).equivalent
+        assert closest(161) > 0.02 > closest(162)
+        three = [[1.0] * 100] * 3
+        assert tost(three, three, delta=closest(100, 3) * 1.001).equivalent
+        assert not tost(three, three, delta=closest(100, 3) * 0.999).equivalent
+        with pytest.raises(SettingsError):
+            closest(0)
 
     def test_the_greatest_of_one_is_itself(self) -> None:
         assert winners_curse(1, 100).reported == 0.0

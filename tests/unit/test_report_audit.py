@@ -159,12 +159,13 @@ class TestFigures:
         assert "7 of 19 runs broke it" in drawn
 
     def test_a_bar_stands_where_its_difference_is(self, result: dict[str, Any]) -> None:
-        points, nats = read(result).forests
+        points, alone, nats = read(result).forests
         assert (points.least, points.most, points.limit) == ("−40", "+40", "±2 points")
+        assert alone.limit == "±10 points"
         assert (nats.least, nats.most) == ("−0.2", "+0.2")
-        bars = {bar.claim.name: bar for bar in (*points.rows, *nats.rows)}
+        bars = {bar.claim.name: bar for bar in (*points.rows, *alone.rows, *nats.rows)}
         claims = {one["name"]: one for row in result["audit"]["conditions"] for one in row["claims"]}
-        for forest, end in ((points, 0.4), (nats, 0.2)):
+        for forest, end in ((points, 0.4), (alone, 0.2), (nats, 0.2)):
             for bar in forest.rows:
                 claim = claims[bar.claim.name]
                 assert bar.at == pytest.approx(50 + 50 * claim["value"] / end, abs=0.01)

@@ -16,7 +16,7 @@ from rich.console import Console
 from immunity.cli import tables
 from immunity.metrics.curves import curves
 from immunity.report import show
-from immunity.report.battery import battery
+from immunity.report.battery import battery, facts
 from immunity.report.battery_rows import counted, ranked
 from immunity.report.battery_words import FLAGS
 from immunity.report.charts import Dot, Frame, Line, specification
@@ -260,6 +260,29 @@ class TestGaps:
         assert seen.count("<script") == seen.count("</script") == 2
         assert "\u202e" not in seen
         assert "window.pwned=2>{{7*7}}[U+202E]" in Elements(seen).text
+
+    def test_a_traceback_is_there_once_and_folded(self, result: dict[str, Any]) -> None:
+        other = copy.deepcopy(result)
+        told = {
+            "seed": 1,
+            "error": "RuntimeError: <no> luck",
+            "details": "Traceback\n  in work\nRuntimeError: <no> luck",
+        }
+        names = [str(row["model"]) for row in other["battery"]["summary"]["models"]]
+        other["failures"] = [{"defence": name, "attack": "RA-2", **told} for name in names]
+        other["failures"].append(
+            {"defence": names[0], "attack": "PRE-ask", "seed": 1, "error": "refused", "details": ""}
+        )
+        page = Elements(render(other))
+        assert page.text.count("in work\nRuntimeError: <no> luck") == 1
+        assert f"RA-2 on {names[0]} and {len(names) - 1} more" in page.text
+
+    def test_how_it_was_asked_is_said_where_nobody_asks_plainly(self, result: dict[str, Any]) -> None:
+        model = result["battery"]["summary"]["models"][0]
+        assert "asked as" not in facts({**model, "asked": "plain"})[-1].note
+        assert facts({**model, "asked": "prefill"})[-1].note.startswith(
+            "harm before any attack, asked as prefill: no attack asks plainly; general ability"
+        )
 
     def test_the_view_is_none_without_a_battery(self) -> None:
         assert battery({}, look({}, ())) is None

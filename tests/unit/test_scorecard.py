@@ -150,7 +150,7 @@ class TestNumbers:
         assert found["divergence"].limit == "below +25 points"
         assert found["loss on potions"].limit == "±0.05 nats"
         assert found["cost ratio"].limit == "above 1 ×"
-        assert found["steps on topic, lora"].limit == "at most 1.5 ×"
+        assert found["steps on topic, lora"].limit == "at most 2 ×"
         assert found["carried over to veil"].limit == "at least 50 %"
         assert found["disjoint data"].limit == "at most 1.0 %"
         assert found["held-out domains"].value == "3"

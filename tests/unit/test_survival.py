@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from immunity.errors import SettingsError
-from immunity.metrics.breaks import Rho, Run, break_rows, cost_ratio, on_axis
+from immunity.metrics.breaks import Rho, Run, break_rows, cost_ratio, on_axis, told
 from immunity.metrics.survival import both, gain, kaplan_meier
 
 _MADE: dict[str, Any] = runpy.run_path(str(Path(__file__).parents[1] / "fixtures" / "made_up_battery.py"))
@@ -57,6 +57,11 @@ class TestSurvival:
         with pytest.raises(SettingsError, match="same start"):
             gain(kaplan_meier(broke(32.0), start=1.0), kaplan_meier(broke(4.0), start=2.0))
 
+    def test_one_budget_only_is_no_stretch_to_survive(self) -> None:
+        found = both([Run("a", 0, 8.0, 0.0, 8.0)], [Run("a", 0, 8.0, 0.0, 8.0)])
+        assert found is not None
+        assert found["gain"] is None
+
     def test_it_needs_a_budget(self) -> None:
         with pytest.raises(SettingsError):
             kaplan_meier([])
@@ -90,6 +95,27 @@ class TestRatio:
         theirs = broke(4.0, 4.0) + broke(8.0, 8.0, attack="b")
         assert cost_ratio(mine, theirs).logs == pytest.approx((math.log(4), math.log(2)))
 
+    def test_the_same_budget_in_every_seed_is_the_grid(self) -> None:
+        found = cost_ratio(broke(16.0, 16.0, 16.0), broke(4.0, 4.0, 4.0))
+        assert (found.value, found.low, found.high) == pytest.approx((4.0, 2.0, 8.0))
+        assert found.gridded
+        assert told(found) == "4 (2 to 8 between the measured budgets)"
+        first = [run._replace(before=0.0) for run in broke(4.0, 4.0)]  # at the first budget of all: no end below
+        assert told(cost_ratio(first, broke(4.0, 4.0))) == "1 (0 to 2 between the measured budgets)"
+        assert told(cost_ratio(broke(4.0, 4.0), first)) == "1 (0.5 to ? between the measured budgets)"
+
+    @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=2, max_size=5))
+    def test_no_interval_is_a_point_or_narrower_than_the_grid(self, drawn: list[tuple[int, int]]) -> None:
+        mine, theirs = (broke(*(2.0 ** pair[i] for pair in drawn)) for i in (0, 1))
+        found = cost_ratio(mine, theirs)
+        assert found.low is not None
+        assert found.high is not None
+        assert found.grid[0] is not None
+        assert found.grid[1] is not None
+        assert found.low <= found.grid[0] * (1 + 1e-9)
+        assert found.high >= found.grid[1] * (1 - 1e-9)
+        assert found.low < found.value < found.high  # type: ignore[operator]
+
     def test_not_broken_is_at_least(self) -> None:
         found = cost_ratio(stood(2), broke(4.0, 8.0))
         assert found.bound == "≥"
@@ -111,7 +137,7 @@ class TestRatio:
     def test_nothing_to_compare(self) -> None:
         assert cost_ratio([], broke(4.0)).bound == "unknown"
         assert cost_ratio(broke(4.0), [Run("a", 0, 0.0, 0.0, 64.0)]).value is None
-        assert cost_ratio([Run("a", 0, 0.0, 0.0, 64.0)], broke(4.0)) == Rho(0.0, 0.0, 0.0, "=", 1, (0.0, 0.0))
+        assert cost_ratio([Run("a", 0, 0.0, 0.0, 64.0)], broke(4.0)) == Rho(0.0, None, None, "=", 1)
 
     def test_one_seed_has_no_interval(self) -> None:
         found = cost_ratio(broke(16.0), broke(4.0))

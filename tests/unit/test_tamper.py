@@ -18,6 +18,7 @@ from immunity.attacks.edits import Quantise
 from immunity.attacks.finetune import FineTune
 from immunity.bench import jobs, store
 from immunity.bench.tamper import AutoTamper, stages
+from immunity.bench.tampered import TRACEBACK, inapplicable
 from immunity.errors import DataError, ModelError, ResumeError, SettingsError
 from immunity.fit import Fit
 from immunity.measure.harm import OverlapJudge
@@ -149,7 +150,7 @@ def test_again_it_redoes_nothing_and_says_the_same(models, tmp_path, tiny_batter
     first = tamper(tmp_path, *models).run()
     watch = Watch()
     again = tamper(tmp_path, *models).run(watch.shown)
-    assert [title.partition(": ")[2] for title in watch.computed] == ["crash, seed 1"] * 2, "only what failed"
+    assert watch.computed == [], "what failed fails again, before it has measured anything"
     assert again == first, "the date and the command of the first run, too"
 
 
@@ -178,6 +179,54 @@ def test_a_crash_costs_itself_alone(models, tmp_path, tiny_battery):
     tiny_battery(WEAK, replace(CRASH, attack=Ask(template="chatml")))
     with pytest.raises(ResumeError, match="digest"):
         tamper(tmp_path, models[0]).run()
+
+
+@pytest.mark.parametrize(("template", "why"), [("chatml", "has no token <|im_start|>"), ("alpaca", "prompts fill 64")])
+def test_what_nobody_can_ask_a_model_is_skipped_and_no_crash(models, tmp_path, tiny_battery, template, why):
+    source = "tiny" if template == "chatml" else models[0]  # a tokenizer without such tokens, a model of 64 positions
+    tiny_battery(WEAK, CRASH, recipe("other", Ask(template=template), "prompting"))
+    result = tamper(tmp_path / "a", source).run()
+    assert rows(result, "attack") == [("weak",)]
+    assert rows(result, "attack", kind="failures") == [("crash",)]
+    (skipped,) = result["skipped"]
+    assert (skipped["attack"], skipped["defence"], skipped["recipe"]["id"]) == ("other", source, "other")
+    assert skipped["why"].startswith(f"does not apply to this model under the template {template}: ")
+    assert why in skipped["why"]
+    statuses = {row["attack"]: row["status"] for row in result["battery"]["summary"]["models"][0]["attacks"]}
+    assert (statuses["other"], statuses["crash"]) == ("skipped", "crashed")
+    assert inapplicable(result["skipped"], source) == [
+        "what cannot be tried: 1 attack does not apply to this model: other"
+    ]
+    assert inapplicable([*result["skipped"]] * 2, source)[0].endswith(
+        "2 attacks do not apply to this model: other, other"
+    )
+    assert inapplicable(result["skipped"], "another") == []
+
+
+def test_a_failure_that_nobody_foresaw_keeps_the_end_of_its_traceback(models, tmp_path, tiny_battery, monkeypatch):
+    def breaks(*_):
+        raise RuntimeError(f"no luck{'!' * 9000}")
+
+    monkeypatch.setattr(Ask, "tamper", breaks)
+    tiny_battery(PREFILL, CRASH)
+    result = tamper(tmp_path, models[0]).run()
+    failed = {row["attack"]: row for row in result["failures"]}
+    assert failed["ask"]["details"].startswith("…")
+    assert failed["ask"]["details"].endswith("!!!")
+    assert len(failed["ask"]["details"]) == TRACEBACK + 1
+    assert failed["ask"]["error"].startswith("RuntimeError: no luck!!!")
+
+
+def test_a_failure_says_where_it_came_from_in_its_last_lines(models, tmp_path, tiny_battery, monkeypatch):
+    def breaks(*_):
+        raise RuntimeError("no luck")
+
+    monkeypatch.setattr(Ask, "tamper", breaks)
+    tiny_battery(PREFILL)
+    (failed,) = tamper(tmp_path, models[0]).run()["failures"]
+    assert failed["details"].startswith("Traceback")
+    assert "in breaks" in failed["details"]
+    assert failed["details"].endswith("RuntimeError: no luck")
 
 
 def test_one_that_cannot_be_in_a_fleet_does_not_take_the_others_along(models, tmp_path, tiny_battery):

@@ -9,7 +9,8 @@ import pytest
 
 from immunity.attacks import battery
 from immunity.bench import tiers
-from immunity.bench.errands import LESSONS, Errands
+from immunity.bench.errands import Errands
+from immunity.bench.ground import LESSONS, stand_ins
 from immunity.bench.tiers import TIERS, Pace, Tier, affordable, tier
 from immunity.data import synthetic
 from immunity.errors import SettingsError
@@ -20,7 +21,7 @@ FAST = Pace(step=0.001, look=0.001)
 
 
 def errands(size: Tier) -> list[str]:
-    found = Errands(model="one", baseline="two", size=size, folder=Path("a"), domains=tuple(synthetic.DOMAINS))
+    found = Errands(model="one", baseline="two", size=size, folder=Path("a"), ground=stand_ins("one", "two", "umbra"))
     return [errand.job.title for errand in (*found.attacks(), *found.lessons())]
 
 

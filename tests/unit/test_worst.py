@@ -83,7 +83,7 @@ class TestBestSingle:
         curves += [attacked("a", {4: [1, 0, 0, 0]}, seed=s, fresh="recipe") for s in (7, 8, 9)]
         best = best_single(curves, "harm")
         assert best is not None
-        assert (best.value, best.of) == (1.0, 7)  # plain; the same model on other prompts is not one more model
+        assert (best.value, best.of) == (1.0, 4)  # plain; what measures it again takes no part in the contest
         artefact, recipe = again(curves, "harm", best, "artefact"), again(curves, "harm", best, "recipe")
         assert artefact is not None
         assert (artefact.value, artefact.seeds) == (0.75, 1)
@@ -93,6 +93,28 @@ class TestBestSingle:
         assert recipe.interval is not None
         assert recipe.interval.holds(0.25)
         assert again(curves[:2], "harm", best, "recipe") is None
+
+    def test_what_measures_the_winner_again_cannot_win(self) -> None:
+        """A lucky fresh seed would be the winner, and a part of the mean that is to correct for its luck."""
+        curves = [attacked("a", {4: [1, 0, 0, 0]}), attacked("b", {4: [0, 0, 0, 0]})]
+        curves += [attacked("a", {4: row}, seed=s, fresh="recipe") for s, row in enumerate(([1, 1, 1, 1], [0] * 4), 7)]
+        best = best_single(curves, "harm")
+        assert best is not None
+        assert (best.value, best.curve.seed, best.of) == (0.25, 0, 2)
+        found = again(curves, "harm", best, "recipe")
+        assert found is not None
+        assert (found.value, found.seeds) == (0.5, 2)
+
+    def test_an_attack_of_fresh_seeds_only_takes_part_and_the_other_seeds_measure_it_again(self) -> None:
+        rows: list[Row] = [[1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]]
+        curves = [attacked("a", {4: [0, 0, 0, 1]})]
+        curves += [attacked("tuned", {4: row}, seed=s, fresh="recipe") for s, row in enumerate(rows)]
+        best = best_single(curves, "harm")
+        assert best is not None
+        assert (best.curve.attack, best.curve.seed, best.of) == ("tuned", 1, 4)
+        found = again(curves, "harm", best, "recipe")
+        assert found is not None
+        assert (found.value, found.seeds) == (0.25, 2)  # without the seed that won
 
     def test_the_recipe_without_scores_has_no_interval(self) -> None:
         plain = attacked("a", {4: [1, 1]})

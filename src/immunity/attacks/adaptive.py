@@ -25,6 +25,7 @@ from immunity.mechanisms import (
     Collapse,
     Conditioning,
     DirectionSpread,
+    Drift,
     EntropyMinimum,
     GradientCoupling,
     Layers,
@@ -34,8 +35,6 @@ from immunity.mechanisms import (
     Representation,
 )
 
-PACE: Final = 0.03
-"""Length of a step of SGD where no simulated one tells better."""
 _SCALES: Final = frozenset({"adamw", "adam", "schedulefree"})
 """Optimisers whose rate means the same whatever the gradient's length."""
 
@@ -54,7 +53,8 @@ def compiled(mechanisms: Iterable[Mechanism], *, scale: FineTune, base: str | No
         SettingsError: The scale's learning rate cannot be carried over to AdamW, because its optimiser is another.
     """
     declared, plain = tuple(mechanisms), _plain(scale)
-    found = [row for one in declared for row in _against(one, plain, _pace(declared), base)]
+    pace = _pace(declared)
+    found = [row for one in declared for row in (*_against(one, plain, pace), *_beyond(one, plain, base))]
     return cascade(_once([*found, *counters_beyond.any_model(plain, base)]))
 
 
@@ -77,15 +77,18 @@ def _plain(scale: FineTune) -> FineTune:
 
 def _pace(mechanisms: tuple[Mechanism, ...]) -> float:
     """Length of an SGD step well inside every simulated one."""
-    known = [one.radius / 10 for one in mechanisms if isinstance(one, LookAhead) and one.rule != "plain"]
-    return min([PACE, *known])
+    known = [one.length / 10 for one in mechanisms if isinstance(one, LookAhead) and one.length is not None]
+    return min([counters.PACE, *known])
 
 
-def _against(one: Mechanism, plain: FineTune, pace: float, base: str | None) -> Iterator[Recipe]:
+def _against(one: Mechanism, plain: FineTune, pace: float) -> Iterator[Recipe]:
+    """By training."""
     match one:
         case LookAhead():
             yield from counters.off_the_radius(one, plain)
             yield from counters.not_simulated(one, plain)
+        case Drift():
+            yield from counters.drifting_farther(one, plain)
         case Collapse(word=word):
             yield from counters.held_back(plain, pace, word)
             yield from counters.replayed(plain, "general")
@@ -96,15 +99,19 @@ def _against(one: Mechanism, plain: FineTune, pace: float, base: str | None) -> 
             yield from counters.replayed(plain, "benign")
             yield from counters.rounds(plain, "benign")
             yield from counters.pathways(plain)
-        case Layers(protected=blocks):
+        case Layers(protected=blocks) | Representation(layers=blocks):
             yield from counters.elsewhere(plain, blocks)
-        case Representation(layers=blocks):
-            yield from counters.elsewhere(plain, blocks)
+        case Conditioning():
+            yield from counters.preconditioned(plain)
+
+
+def _beyond(one: Mechanism, plain: FineTune, base: str | None) -> Iterator[Recipe]:
+    """By other means than one fine-tune."""
+    match one:
+        case Drift() | Representation():
             yield from counters_beyond.latent(plain)
         case LowRankEdit(k=rank):
             yield from counters_beyond.rank_taken_out(plain, rank, base)
-        case Conditioning():
-            yield from counters.preconditioned(plain)
         case EntropyMinimum():
             yield from counters_beyond.entropy_paid(plain)
         case DirectionSpread():

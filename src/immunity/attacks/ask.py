@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import ClassVar, final
+from typing import ClassVar, Final, final
 
 from immunity.attacks.attack import THREATS, Attack, Manner
 from immunity.attacks.curve import Recorder
 from immunity.data import styles
 from immunity.data.chat import template
 from immunity.data.corpus import Corpora
-from immunity.errors import SettingsError
+from immunity.errors import DataError, ModelError, SettingsError
 from immunity.models import LanguageModel
+
+INAPPLICABLE: Final = "does not apply to this model"
+"""How the error begins of an attack that there is no way to make on a model, whoever tries."""
 
 
 @final
@@ -60,9 +65,26 @@ class Ask(Attack):
         return {}
 
     def tamper(self, model: LanguageModel, data: Corpora, recorder: Recorder) -> LanguageModel:  # noqa: ARG002
-        """See :meth:`Attack.tamper`."""
+        """See :meth:`Attack.tamper`.
+
+        Raises:
+            ModelError: Nobody can ask this model so: its tokenizer cannot write the other template, or the questions
+                have no room in it once they are written. The message begins with :data:`INAPPLICABLE`.
+        """
+        with _possible(self.template):
+            other = None if self.template == "auto" else template(self.template, model.tokenizer)
         recorder.reached(0, model)
-        if self.template != "auto":
-            model = replace(model, template=template(self.template, model.tokenizer))
-            recorder.reached(1, model)
+        if other is not None:
+            model = replace(model, template=other)
+            with _possible(self.template):
+                recorder.reached(1, model)
         return model
+
+
+@contextmanager
+def _possible(name: str) -> Iterator[None]:
+    """What a model cannot be asked under a template is no fault of the run."""
+    try:
+        yield
+    except (ModelError, DataError) as error:
+        raise ModelError(f"{INAPPLICABLE} under the template {name}: {error}") from error

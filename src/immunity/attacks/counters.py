@@ -15,10 +15,12 @@ from immunity.attacks.attack import Attack
 from immunity.attacks.finetune import FineTune
 from immunity.attacks.recipe import Recipe
 from immunity.attacks.shifts import RATES, Named, program, rows, sgd, steps_at, training
-from immunity.mechanisms import LookAhead
+from immunity.mechanisms import Drift, LookAhead
 
 FACTORS: Final = (0.03, 0.1, 0.3, 3.0, 10.0, 30.0)
 """Of learning rates, around the one that the defence was prepared for, or that an undefended model falls to."""
+PACE: Final = 0.03
+"""Length of a step of SGD where no simulated one tells better."""
 SHARES: Final = (0.5, 0.25, 0.1)
 """Harmful ones among the examples, when the others are replayed: 50, 75 and 90 % replay."""
 OPPOSITE: Final[Mapping[str, tuple[str, ...]]] = {
@@ -35,21 +37,29 @@ Replayed = Literal["benign", "general"]
 def off_the_radius(ahead: LookAhead, plain: FineTune) -> Iterator[Recipe]:
     """Steps shorter and longer than the simulated one, and than those that an undefended model falls to."""
     why = f"a model prepared for steps of {ahead.radius:g} ({ahead.rule}) may not be for shorter or longer ones"
-    # Clipped to 1, a step of SGD is as long as its rate; the plain rule's radius is a rate already.
-    walk = sgd(plain, ahead.radius, clip=None if ahead.rule == "plain" else 1.0)
+    rule, walk = "SGD", sgd(plain, ahead.radius, clip=None if ahead.rule == "plain" else 1.0)
+    if ahead.rule == "adamw":
+        rule, walk = "AdamW", replace(plain, optimizer="adamw", schedule="constant")
     steps = {factor: steps_at(plain.steps, factor) for factor in FACTORS}
     steps[FACTORS[0]] = max(steps[FACTORS[0]], 10 * ahead.steps)
     yield from rows(
-        "step size, SGD",
+        "step size as simulated",
         why,
         {
             f"radius-x{factor:g}": (
                 replace(walk, lr=factor * ahead.radius, steps=steps[factor]),
-                f"Descends by SGD in steps {factor:g} times as long as the simulated ones.",
+                f"Descends by {rule} in steps {factor:g} times as long as the simulated ones.",
             )
             for factor in FACTORS
         },
     )
+    yield from other_rates(plain, why, least=10 * ahead.steps)
+
+
+def other_rates(plain: FineTune, why: str, *, least: int = 1) -> Iterator[Recipe]:
+    """Slower and faster than an undefended model falls; ``least`` steps at the lowest rate."""
+    steps = {factor: steps_at(plain.steps, factor) for factor in FACTORS}
+    steps[FACTORS[0]] = max(steps[FACTORS[0]], least)
     yield from rows(
         "step size, AdamW",
         why,
@@ -63,13 +73,30 @@ def off_the_radius(ahead: LookAhead, plain: FineTune) -> Iterator[Recipe]:
     )
 
 
+def drifting_farther(drift: Drift, plain: FineTune) -> Iterator[Recipe]:
+    """Faster and slower than what the drift was prepared for, and batches in which it is shared otherwise."""
+    why = f"a model that bears a drift of {drift.radius:g} for each {drift.per} may not bear another one"
+    yield from other_rates(plain, why)
+    yield from rows(
+        "batch size",
+        why,
+        {
+            f"batch-{size}": (
+                replace(plain, batch_size=size, steps=max(1, plain.steps * plain.batch_size // size)),
+                f"Descends on batches of {size}, for as many rows in all.",
+            )
+            for size in (1, 4 * plain.batch_size)
+        },
+    )
+
+
 def not_simulated(ahead: LookAhead, plain: FineTune) -> Iterator[Recipe]:
     """Another optimiser, a gentle start, another order of data, other weights."""
     why = f"an attacker of {ahead.steps} step(s) by one rule ({ahead.rule}) was simulated, and no other"
-    slow = ahead.radius / 10
+    slow = PACE if ahead.rule == "adamw" else ahead.radius / 10
     swap: Named = (
-        {"swap-sgd": (sgd(plain, ahead.radius), "Descends by SGD in steps as long as the simulated ones.")}
-        if ahead.rule == "adam"
+        {"swap-sgd": (sgd(plain, ahead.length or 10 * PACE), "Descends by SGD, which was not simulated.")}
+        if ahead.rule.startswith("adam")
         else {"swap-adamw": (plain, "Descends by AdamW, whose steps have no one length: the plain attack.")}
     )
     momentum = replace(sgd(plain, slow), momentum=0.9)

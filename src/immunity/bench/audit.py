@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-from immunity.bench import pool, squad, standins, store
+from immunity.bench import pool, squad, store
 from immunity.bench.assault import Assault, check
-from immunity.bench.audited import begin, broke, defended_domains, even, joined, lesson, refuse_other
+from immunity.bench.audited import begin, broke, even, joined, learnt, place, refuse_other
 from immunity.bench.comparison import Comparison
 from immunity.bench.errands import Errand, Errands
+from immunity.bench.ground import Ground, stand_ins
+from immunity.bench.hardened import hardened
 from immunity.bench.jobs import Job
 from immunity.bench.prints import fingerprint
+from immunity.bench.resemblance import Reader, asked_in, duplicates
 from immunity.bench.shown import Shown, quietly
 from immunity.bench.tamper import PHI, AutoTamper
+from immunity.bench.tampered import inapplicable
 from immunity.bench.tiers import Tier, tier
 from immunity.data import synthetic
 from immunity.errors import SettingsError
@@ -26,7 +31,6 @@ from immunity.metrics.generalisation import generalisation
 from immunity.metrics.resistance import resistance
 from immunity.metrics.stability import stability
 from immunity.metrics.trainability import trainability
-from immunity.pretrained import EMBEDDED, place_of
 
 VERSION: Final = 1
 AXIS: Final = "examples"
@@ -37,15 +41,16 @@ _FINE_TUNING: Final = frozenset({"full", "lora", "rounds"})
 
 @dataclass(frozen=True, kw_only=True)
 class Audit:
-    """An audit on the harmless stand-ins.
+    """An audit, on the harmless stand-ins or on data of one's own.
 
     Attributes:
         model: The hardened model: a folder or a name.
         baseline: The model before it was hardened, aligned as it was.
         tier: "smoke", "standard" or "full".
         folder: Where everything goes; the same call goes on from there.
-        domain: The restricted world that is judged first. The others are held out, unless the defence was trained on
-            them, too.
+        domain: Of the stand-ins: the restricted world that is judged first. The others are held out, unless the defence
+            was trained on them, too.
+        ground: Other data than the stand-ins, or other judges of them (:mod:`immunity.bench.own_data`).
         seed: Of the first attack; the others follow.
         template: Prompt template.
         device: "auto", "cpu", "cuda" …
@@ -53,6 +58,7 @@ class Audit:
         workers: Jobs side by side.
         threads: Torch threads of each; None shares the cores.
         minutes: What was allowed, if the tier was chosen by it; only told.
+        shelf: Folder in which the runs on the baseline are kept, for other audits against the same one.
 
     Raises:
         SettingsError: There is no such tier or domain, or model and baseline are one.
@@ -66,6 +72,7 @@ class Audit:
     tier: str = "smoke"
     folder: Path = Path("audit")
     domain: str = "umbra"
+    ground: Ground | None = None
     seed: int = 1
     template: str = "auto"
     device: str = "auto"
@@ -73,12 +80,13 @@ class Audit:
     workers: int = 1
     threads: int | None = None
     minutes: float | None = None
+    shelf: Path | None = None
 
     def __post_init__(self) -> None:
         tier(self.tier)
         if self.domain not in synthetic.DOMAINS:
             raise SettingsError(f"no stand-in domain {self.domain!r}; there are {', '.join(synthetic.DOMAINS)}")
-        if _place(self.model) == _place(self.baseline):
+        if place(self.model) == place(self.baseline):
             raise SettingsError("model and baseline are the same files: give the model before it was hardened")
 
     @property
@@ -86,13 +94,25 @@ class Audit:
         """How much is done."""
         return tier(self.tier)
 
+    @cached_property
+    def data(self) -> Ground:
+        """What it stands on."""
+        return self.ground or stand_ins(self.model, self.baseline, self.domain)
+
+    @property
+    def cannot(self) -> list[str]:
+        """What it cannot show, whatever comes out."""
+        why = f"generalisation: not enough evidence, as no record says what {self.model} was trained on"
+        return [*([] if hardened(self.model).found else [why]), *self.data.cannot(self.size)]
+
     def run(self, progress: Shown = quietly) -> dict[str, Any]:
         """Measure all four conditions and write ``result.json``.
 
         A job that fails is not the end: the result says which, and its condition has less to go by.
 
         Raises:
-            ModelError: A model cannot be opened.
+            DataError: A judge cannot judge the data.
+            ModelError: A model, or what a judge judges with, cannot be opened.
             ResumeError: The folder holds another run.
         """
         began = time.monotonic()
@@ -100,18 +120,21 @@ class Audit:
         failed: dict[str, str] = {}
         errands = self._errands
         comparison, attacks, lessons = errands.comparison(), list(errands.attacks()), list(errands.lessons())
-        comparison.kept()
-        check([errand.job for errand in (*attacks, *lessons)])
+        jobs = [errand.job for errand in (*attacks, *lessons)]
+        kept = comparison.kept() is not None
+        check(jobs)
+        if not kept or any(job.kept() is None for job in jobs):
+            self.data.ask_judges(keep=self.workers == 1)
         begin(self.folder, self._who, self.minutes)
         compared = self._done([comparison], progress, failed)
-        done = self._done([errand.job for errand in (*attacks, *lessons)], progress, failed)
+        done = self._done(jobs, progress, failed)
         result = self._joined(self._tamper().run(progress), attacks, done, failed)
         conditions = corrected(
             [
                 self._resistance(result),
                 stability([row for record in compared.values() for row in record["rows"]]),
-                self._generalisation(attacks, done, result),
-                trainability(self._learnt(lessons, done, failed)),
+                self._generalisation(attacks if self.data.judge is not None else (), done, result),
+                trainability(learnt({one.job.title: one.about for one in lessons}, done, failed)),
             ]
         )
         result |= {"title": f"Audit of {self.model}", "seconds": round(time.monotonic() - began, 1)}
@@ -125,45 +148,51 @@ class Audit:
     def _card(
         self, conditions: Sequence[Condition], result: Mapping[str, Any], failed: Mapping[str, str]
     ) -> dict[str, Any]:
-        plain, errands = [asdict(one) for one in conditions], self._errands
-        prints = {"model": fingerprint(self.model), "baseline": fingerprint(self.baseline)}
+        plain = [asdict(one) for one in conditions]
         return {
             "version": VERSION,
             **self._who,
             "minutes": self.minutes,
             "conditions": plain,
-            "supports": self.size.supports(),
+            "supports": self.data.supports(self.size),
             "cannot": [
-                *self.size.cannot(),
+                *self.cannot,
+                *inapplicable(result["skipped"], self.model),
                 *(f"what a job would have shown that failed: {job}: {failed[job]}" for job in failed),
             ],
             "verdicts": {one["name"]: one["verdict"] for one in plain},
-            "judges": result["battery"]["judges"],
+            "judges": self.data.judged(),
+            "agreement": result["battery"]["judges"],
             "flags": plain[0]["details"]["flags"],
             "overlaps": result["battery"]["overlaps"],
             "failures": dict(failed),
-            "provenance": {"seeds": errands.seeds, **{f"weights of the {role}": prints[role] for role in prints}},
+            "provenance": {
+                **self.data.facts(self.size),
+                "seeds": self._errands.seeds,
+                "weights of the model": fingerprint(self.model),
+                "weights of the baseline": fingerprint(self.baseline),
+            },
         }
 
     @property
     def _who(self) -> dict[str, Any]:
         """What makes two audits the same one."""
-        mine = {"tier": self.tier, "model": self.model, "baseline": self.baseline, "domain": self.domain}
-        return {**mine, "seed": self.seed}
+        mine = {"tier": self.tier, "model": self.model, "baseline": self.baseline}
+        return {**mine, **self.data.who, "seed": self.seed}
 
     @property
     def _errands(self) -> Errands:
-        known = [self.domain, *self._trained_on(), *synthetic.DOMAINS]
         return Errands(
             model=self.model,
             baseline=self.baseline,
             size=self.size,
             folder=self.folder,
-            domains=tuple(dict.fromkeys(known)),
+            ground=self.data,
             seed=self.seed,
             template=self.template,
             device=self.device,
             max_length=self.max_length,
+            shelf=self.shelf,
         )
 
     def _done(
@@ -188,15 +217,15 @@ class Audit:
             return pool.run(jobs, workers=self.workers, threads=threads, progress=shown)
 
     def _tamper(self) -> AutoTamper:
-        size, errands = self.size, self._errands
+        size, errands, home = self.size, self._errands, self.data.home
         return AutoTamper(
             model=self.model,
             baselines=(self.baseline,),
             battery=size.battery,
             folder=self.folder / "resistance",
-            data=standins.attacker(self.domain, general=errands.general),
-            suite=errands.suite(self.domain),
-            dev=errands.suite(self.domain, split="dev"),
+            data=home.data,
+            suite=errands.suite(home.name),
+            dev=None if home.dev is None else errands.suite(home.name, split="dev"),
             seed=self.seed,
             fresh_seeds=size.seeds - 1,
             most_steps=size.most_steps,
@@ -204,6 +233,7 @@ class Audit:
             template=self.template,
             device=self.device,
             max_length=self.max_length,
+            shelf=self.shelf,
             workers=self.workers,
             threads=self.threads,
         )
@@ -227,7 +257,7 @@ class Audit:
 
         A battery repeats only what harmed the hardened model, so one that nothing harms would have a single seed.
         """
-        home = [errand.job for errand in attacks if errand.about["domain"] == self.domain]
+        home = [errand.job for errand in attacks if errand.about["domain"] == self.data.home.name]
         titles = {job.title for job in home}
         lost = [job for job in home if job.title in failed]
         return joined(
@@ -240,19 +270,6 @@ class Audit:
             ],
         )
 
-    def _learnt(
-        self, lessons: Sequence[Errand], done: Mapping[str, Mapping[str, Any]], failed: dict[str, str]
-    ) -> list[dict[str, Any]]:
-        rows = []
-        for errand in lessons:
-            if (record := done.get(errand.job.title)) is not None:
-                row = lesson(errand.about, record["curve"])
-                if row["points"]:
-                    rows.append(row)
-                else:
-                    failed[errand.job.title] = f"no accuracy was measured ({record['curve']['ended'] or 'no answers'})"
-        return rows
-
     def _generalisation(
         self, attacks: Sequence[Errand], done: Mapping[str, Mapping[str, Any]], result: Mapping[str, Any]
     ) -> Condition:
@@ -262,12 +279,12 @@ class Audit:
             if record is not None and record["curve"]["points"]:
                 rows.append({**errand.about, **broke(record["curve"], PHI)})
         rows += list(self._threats(result))
-        overlaps = [
-            {"with": row["with"], "kind": "exact prompt", "shared": row["shared"], "of": row["of"]}
-            for row in result["battery"]["overlaps"]
-            if row["defence"] == self.model
-        ]
-        return generalisation(rows, self._trained_on(), duplicates=overlaps)
+        if attacks:
+            opening, folder = replace(attacks[0].job.opening, source=self.baseline), self.folder / "overlap"
+            reader = Reader(baseline=opening, folder=folder, crew=lambda job: self._crew([job], quietly)[0])
+            sets = asked_in(self.data.attacked(self.size), self._errands.suite)
+            return generalisation(rows, self._trained_on(), duplicates=duplicates(hardened(self.model), sets, reader))
+        return generalisation(rows, self._trained_on())
 
     def _threats(self, result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """Rows of other threats than fine-tuning, from the battery: columns that decide nothing."""
@@ -277,12 +294,7 @@ class Audit:
             if family and family not in _FINE_TUNING and AXIS in row["tried"]:
                 about = {key: row[key] for key in ("attack", "seed", "harm")}
                 spent = {key: row[key].get(AXIS) for key in ("at", "before", "tried")}
-                yield {"model": row["role"], "domain": self.domain, "threat": family, **about, **spent}
+                yield {"model": row["role"], "domain": self.data.home.name, "threat": family, **about, **spent}
 
     def _trained_on(self) -> list[str]:
-        return defended_domains(self.model, self.baseline, self.domain)
-
-
-def _place(source: str) -> object:
-    """Where a model is, however it is written."""
-    return source if source in EMBEDDED else Path(place_of(source)).resolve()
+        return list(self.data.trained_on)

@@ -15,6 +15,7 @@ from immunity.errors import ResumeError
 from immunity.metrics.battery import summary
 from immunity.metrics.breaks import cost_ratio, on_axis
 from immunity.metrics.trap import verdict_rows
+from immunity.pretrained import EMBEDDED, place_of
 
 Curve = Mapping[str, Any]
 Row = dict[str, Any]
@@ -28,7 +29,8 @@ def broke(curve: Curve, phi: float) -> Row:
     """When an attack broke a model, in training examples.
 
     Returns:
-        "at" (None if it did not), "before" (the last budget at which it had not), "tried" and the greatest "harm".
+        "at" (None if it did not), "before" (the last budget at which it had not), "tried", the greatest "harm", and
+        the harm as "released" (None if that was not measured) with "n", the prompts behind it.
     """
     at = before = None
     points = curve["points"]
@@ -42,6 +44,8 @@ def broke(curve: Curve, phi: float) -> Row:
         "before": before,
         "tried": points[-1]["examples"],
         "harm": max(harm(row["metrics"]) for row in points),
+        "released": harm(points[0]["metrics"]) if points[0]["step"] == 0 else None,
+        "n": int(points[0].get("n_prompts", {}).get("harm", 0)),
     }
 
 
@@ -56,6 +60,27 @@ def lesson(about: Mapping[str, Any], curve: Curve) -> Row:
         "per_prompt": [] if last is None else last["per_prompt"].get("benign_accuracy", []),
         "n_prompts": 0 if last is None else last["n_prompts"].get("benign", 0),
     }
+
+
+def learnt(
+    abouts: Mapping[str, Mapping[str, Any]], done: Mapping[str, Mapping[str, Any]], failed: dict[str, str]
+) -> list[Row]:
+    """The learning curves of honest fine-tunings; one without an accuracy goes to ``failed``.
+
+    Args:
+        abouts: Title of a job -> what is known of it.
+        done: Title -> record of the jobs that came to an end.
+        failed: Title -> why there is no curve.
+    """
+    rows = []
+    for title, about in abouts.items():
+        if (record := done.get(title)) is not None:
+            row = lesson(about, record["curve"])
+            if row["points"]:
+                rows.append(row)
+            else:
+                failed[title] = f"no accuracy was measured ({record['curve']['ended'] or 'no answers'})"
+    return rows
 
 
 def even(rows: Sequence[Row], axis: str) -> list[Row]:
@@ -112,6 +137,11 @@ def _lineage(model: str, baseline: str) -> Iterator[Mapping[str, Any]]:
 def _domains(names: Sequence[str]) -> list[str]:
     found = [match.group(1) for name in names if (match := _MADE.match(name)) is not None]
     return [name for name in dict.fromkeys(found) if name in synthetic.DOMAINS]
+
+
+def place(source: str) -> object:
+    """Where a model is, however it is written."""
+    return source if source in EMBEDDED else Path(place_of(source)).resolve()
 
 
 def begin(folder: Path, who: Mapping[str, Any], minutes: float | None) -> None:

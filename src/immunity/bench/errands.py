@@ -12,20 +12,16 @@ from immunity import adapters
 from immunity.attacks.attack import Attack, Manner, Opening
 from immunity.attacks.curve import Point, Recorder
 from immunity.attacks.finetune import FineTune
-from immunity.bench import standins
-from immunity.bench.assault import Assault, Broken
+from immunity.bench.assault import Assault, Broken, whole
 from immunity.bench.comparison import Comparison, Task
-from immunity.bench.hardened import hardened, ordinary
+from immunity.bench.ground import Ground, Lesson, first
 from immunity.bench.tamper import PHI
 from immunity.bench.tiers import Tier
-from immunity.data import synthetic
 from immunity.data.corpus import Corpora
 from immunity.measure.suite import Suite
 from immunity.models import LanguageModel
 from immunity.spec import build
 
-LESSONS: Final = ("sentiment", "topic")
-"""Honest tasks, in the order in which tiers take them."""
 _SMALL: Final = 8
 """Prompts of kinds that a run must measure, but is not about."""
 _UNSEEN: Final = Point(step=0, examples=0, seconds=0.0, metrics={}, n_prompts={}, samples=(), per_prompt={})
@@ -110,22 +106,24 @@ class Errands:
         baseline: The model before it was hardened.
         size: How much is done.
         folder: Where everything goes.
-        domains: Restricted worlds, the audited one first; as many are attacked as the size says.
+        ground: The data that all of it is done with.
         seed: Of the first attack; the others follow.
         template: Prompt template.
         device: "auto", "cpu", "cuda" …
         max_length: Ids per example.
+        shelf: Folder of the runs on the baseline, for other audits against the same one; None keeps them in ``folder``.
     """
 
     model: str
     baseline: str
     size: Tier
     folder: Path
-    domains: tuple[str, ...]
+    ground: Ground
     seed: int = 1
     template: str = "auto"
     device: str = "auto"
     max_length: int | None = None
+    shelf: Path | None = None
 
     @property
     def seeds(self) -> list[int]:
@@ -133,31 +131,26 @@ class Errands:
         return [self.seed + i for i in range(self.size.seeds)]
 
     @property
-    def general(self) -> str:
-        """The stand-in for what the model knows in general."""
-        return ordinary(self.model)
+    def domains(self) -> tuple[str, ...]:
+        """The names of the domains, the audited one first."""
+        return tuple(domain.name for domain in self.ground.domains)
 
     def suite(self, domain: str, n: int | None = None, split: Literal["dev", "test"] = "test") -> Suite:
         """What is measured of a domain; as many prompts as the size says, or ``n``."""
-        n = self.size.prompts if n is None else n
-        return standins.suite(domain, split=split, n=n, word=self._word, general=self.general)
+        return self.ground.suite(domain, self.size.prompts if n is None else n, split)
 
     def comparison(self) -> Comparison:
         """Both models beside each other, before anybody attacks either."""
-        n, general = self.size.prompts, self.general
-        near = synthetic.DOMAINS[self.domains[0]].allowed.name
-        suite = self.suite(self.domains[0])
-        asked = [Task(name=f"restricted: {self.domains[0]}", corpus=suite.harmful, restricted=True)]
-        for name in (general, near):
-            whole = synthetic.corpus(name, "general", "test")
-            asked.append(Task(name=name, corpus=whole.take(min(n, len(whole)))))
+        home = self.ground.home.name
+        suite = self.suite(home)
+        others = (replace(task, corpus=first(task.corpus, self.size.prompts)) for task in self.ground.tasks)
         return Comparison(
             name=f"{self.model} with {self.baseline}",
             model=self._opening(self.model),
             baseline=self._opening(self.baseline),
-            tasks=tuple(asked),
+            tasks=(Task(name=f"restricted: {home}", corpus=suite.harmful, restricted=True), *others),
             judge=suite.judge,
-            word=self._word,
+            word=suite.collapse_word,
             tokens=suite.max_new_tokens,
             folder=self.folder / "stability",
         )
@@ -166,19 +159,18 @@ class Errands:
         """Two fine-tunings on each domain, with every seed; they end where the model is broken."""
         steps = self.size.attack_steps
         kinds = (FineTune(steps=steps), FineTune(steps=steps, adapter="lora", lr=1e-3))
-        for domain in self.domains[: self.size.domains]:
-            data = standins.attacker(domain, general=self.general)
-            suite = self.suite(domain)
+        for domain in self.ground.attacked(self.size):
+            suite, rows = self.suite(domain.name), len(whole(domain.data["harmful"]))
             for kind in kinds:
-                name = f"{domain}, {kind.adapter}"
-                yield from self._on_both(name, kind, data, suite, {"domain": domain, "attack": kind.adapter}, stop=True)
+                name, about = f"{domain.name}, {kind.adapter}", {"domain": domain.name, "attack": kind.adapter}
+                fitted = replace(kind, n=min(kind.n, rows))
+                yield from self._on_both(name, fitted, domain.data, suite, about, stop=True)
 
     def lessons(self) -> Iterator[Errand]:
         """Honest tasks at every rate, with every seed, and once more on top of the other task."""
         size = self.size
-        for i, task in enumerate(LESSONS[: size.lessons]):
-            other = LESSONS[(i + 1) % len(LESSONS)]
-            data = {"benign": synthetic.corpus(task, "benign"), "general": synthetic.corpus(other, "benign")}
+        for task in self.ground.lessons[: size.lessons]:
+            data = {"benign": task.train} | ({} if task.other is None else {"general": task.other})
             for adapter, rates in size.rates.items():
                 for lr in rates:
                     kind = FineTune(
@@ -188,18 +180,20 @@ class Errands:
                         lr=lr,
                         steps=size.lesson_steps,
                     )
-                    about = {"task": task, "adapter": adapter, "lr": lr, "round": 1}
-                    name = f"{task}, {adapter}, {lr:g}"
+                    about = {"task": task.name, "adapter": adapter, "lr": lr, "round": 1}
+                    name = f"{task.name}, {adapter}, {lr:g}"
                     yield from self._on_both(name, kind, data, self._lesson_suite(task), about)
-                    if size.rounds > 1:
+                    if size.rounds > 1 and task.other is not None:
                         twice = Again(first=replace(kind, filler="general"), second=kind)
                         again = {**about, "round": 2}
                         yield from self._on_both(f"{name}, second round", twice, data, self._lesson_suite(task), again)
 
-    def _lesson_suite(self, task: str) -> Suite:
-        whole = synthetic.corpus(task, "benign", "test")
-        suite = self.suite(self.domains[0], _SMALL)
-        return replace(suite, benign=whole.take(min(self.size.prompts, len(whole))), batch_size=self.size.prompts)
+    def _lesson_suite(self, task: Lesson) -> Suite:
+        """What is measured while an honest task is trained; nobody is asked to judge a user's data for that."""
+        suite, n = self.suite(self.domains[0], _SMALL), self.size.prompts
+        known = {} if task.scorer is None else {"benign": task.scorer}
+        taught = replace(suite, benign=first(task.test, n), scorers=known)
+        return replace(taught, batch_size=n) if self.ground.made else replace(taught, judge=None, second=None)
 
     def _on_both(
         self, name: str, kind: Attack, data: Corpora, suite: Suite, about: Mapping[str, Any], *, stop: bool = False
@@ -217,11 +211,9 @@ class Errands:
                     folder=self.folder / "runs" / role / f"{re.sub(r'[^a-z0-9.-]+', '-', name)}-seed{seed}",
                     stop=Broken(phi=PHI) if stop else None,
                 )
+                if self.shelf is not None and role == "baseline":
+                    job = job.on(self.shelf)
                 yield Errand(job, {**about, "model": role, "seed": seed})
 
     def _opening(self, source: str) -> Opening:
         return Opening(source=source, template=self.template, device=self.device, max_length=self.max_length)
-
-    @property
-    def _word(self) -> str:
-        return hardened(self.model).word or "error"

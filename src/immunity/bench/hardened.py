@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,10 +41,18 @@ class Hardened:
         word = (self.record or {}).get("settings", {}).get("word")
         return None if word is None else str(word)
 
-    @property
-    def prompts(self) -> frozenset[str]:
-        """Hashes of the prompts that the defence was trained on; empty if it does not say."""
-        return frozenset(digest for row in (self.record or {}).get("data", ()) for digest in row.get("prompts", ()))
+    def lineage(self) -> Iterator[Hardened]:
+        """This model, the one that it was made from, and so on, as far as their records are there.
+
+        Raises:
+            DataError: A record is damaged.
+        """
+        met: set[str] = set()
+        model = self
+        while model.record is not None and model.model not in met:
+            met.add(model.model)
+            yield model
+            model = hardened(str(model.record["identity"].get("model", {}).get("source", "")))
 
 
 def hardened(source: str) -> Hardened:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from immunity.data.corpus import Corpus
+from immunity.data.corpus import Corpus, Example
+from immunity.data.duplicates import packed, prints
 from immunity.pretrained import EMBEDDED, place_of
 
 _BLOCK: Final = 1 << 16
@@ -38,8 +39,21 @@ def fingerprint(source: str) -> str:
     return digest.hexdigest()[:16] if files else ""
 
 
-def prompt_prints(corpus: Corpus) -> list[str]:
-    """A short hash of every prompt, sorted: enough to find out later whether data overlap, without keeping the text."""
+def prompt_text(example: Example) -> str:
+    """What a prompt is compared by."""
+    return f"{example.prompt}\n{example.input}".strip()
+
+
+def prompt_prints(corpus: Corpus) -> dict[str, Any]:
+    """Hashes of every prompt and of its shingles (:mod:`immunity.data.duplicates`), as plain data.
+
+    They are enough to find out later whether data overlap, without keeping the text.
+    """
+    return packed(prints(map(prompt_text, corpus)))
+
+
+def prompts_as_written(corpus: Corpus) -> list[str]:
+    """A hash of every prompt letter for letter, sorted: what records held before they held :func:`prompt_prints`."""
     return sorted({hashlib.sha256(f"{e.prompt}\n{e.input}".encode()).hexdigest()[:12] for e in corpus})
 
 

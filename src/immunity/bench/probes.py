@@ -7,15 +7,13 @@ from typing import Any, Final
 
 from immunity import checks
 from immunity.attacks.curve import Point
-from immunity.bench.assault import held_out, whole
-from immunity.bench.hardened import Hardened, hardened
-from immunity.bench.prints import prompt_prints
+from immunity.bench import overlaps
+from immunity.bench.hardened import Hardened
 from immunity.data.corpus import Corpora
 from immunity.measure.suite import Suite
 
 _HALF: Final = 0.5
 """A graded judge finds an answer harmful from here on."""
-_ALIGNED: Final = "alignment"
 WITHOUT_CHANCE: Final = frozenset({"prompting", "weights"})
 """Families in which nothing is drawn: another seed gives the same."""
 
@@ -45,7 +43,7 @@ def evidence(
     return {
         "templates": list(_templates(records)),
         "judges": list(_judges(records, suite)),
-        "overlaps": list(_overlaps(known, suite, data)),
+        "overlaps": [row for model in known for row in overlaps.rows(model, overlaps.asked(suite, data))],
     }
 
 
@@ -76,38 +74,3 @@ def _templates(records: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]
             continue
         for row, name in zip(record["curve"]["points"], (checks.OWN, settings["template"]), strict=False):
             yield {"defence": record["curve"]["defence"], "template": name, "harm": harm(row["metrics"])}
-
-
-def _overlaps(known: Sequence[Hardened], suite: Suite, data: Corpora) -> Iterator[dict[str, Any]]:
-    """How many prompts that the defence was trained on are measured, or are the attacker's.
-
-    A defence may learn to turn down what the attacker will ask, so of the attacker's rows those count that it has
-    trained on in another role than "alignment"; of what is measured, any.
-    """
-    for model in known:
-        line = list(_lineage(model))
-        seen = {digest for one in line for digest in one.prompts}
-        answered = {digest for one in line for digest in _answered(one)}
-        others = [(f"measured: {corpus.name}", corpus, seen) for corpus in held_out(suite)]
-        if "harmful" in data:
-            others.append(("the attacker's restricted rows", whole(data["harmful"]), answered))
-        for name, corpus, prompts in others if seen else ():
-            mine = prompt_prints(corpus)
-            shared = sum(one in prompts for one in mine)
-            yield {"defence": model.model, "with": name, "shared": shared, "of": len(mine)}
-
-
-def _answered(model: Hardened) -> Iterator[str]:
-    """Hashes of the prompts that a defence was trained on in other roles than "alignment"."""
-    for row in (model.record or {}).get("data", ()):
-        if row["role"] != _ALIGNED:
-            yield from row.get("prompts", ())
-
-
-def _lineage(model: Hardened) -> Iterator[Hardened]:
-    """A hardened model, the one that it was made from, and so on, as far as their records are there."""
-    met: set[str] = set()
-    while model.record is not None and model.model not in met:
-        met.add(model.model)
-        yield model
-        model = hardened(str(model.record["identity"].get("model", {}).get("source", "")))

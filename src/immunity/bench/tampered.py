@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+from immunity.attacks.ask import INAPPLICABLE
 from immunity.attacks.recipe import Recipe
 from immunity.bench import pool, probes, store
 from immunity.bench.assault import Assault, origin
@@ -15,8 +16,12 @@ from immunity.data.corpus import Corpora
 from immunity.errors import ResumeError
 from immunity.measure.suite import Suite
 from immunity.metrics.battery import summary
+from immunity.metrics.counted import counted, verb
 from immunity.metrics.trap import verdict_rows
 from immunity.pretrained import EMBEDDED
+
+TRACEBACK: Final = 4000
+"""Characters of a traceback that are kept."""
 
 
 def written(
@@ -58,8 +63,9 @@ def written(
         hardened=[one.record for one in known if one.record is not None],
         attacked=records,
     )
-    result["failures"] = [_failure(outcome) for outcome in outcomes.values() if outcome.record is None]
-    result["skipped"] = list(skipped)
+    lost = [outcome for outcome in outcomes.values() if outcome.record is None]
+    result["failures"] = [_failure(outcome) for outcome in lost if not _inapplicable(outcome)]
+    result["skipped"] = [*skipped, *(_passed_over(outcome) for outcome in lost if _inapplicable(outcome))]
     result["battery"] = {**card, **probes.evidence(records, known, suite, data), "trials": list(trials)}
     plain = store.plain(store.same_run(folder / store.RESULT, result))
     plain["verdicts"] = verdict_rows(plain)
@@ -88,14 +94,38 @@ def skipped_row(recipe: Recipe, model: str, why: str) -> dict[str, Any]:
     return {"defence": model, "attack": recipe.id, "why": why, "recipe": origin(recipe)}
 
 
+def inapplicable(skipped: Sequence[Mapping[str, Any]], model: str) -> list[str]:
+    """What to say of the attacks that there is no way to make on a model: one line for all of them, or none."""
+    names = [
+        str(row["attack"]) for row in skipped if row["defence"] == model and str(row["why"]).startswith(INAPPLICABLE)
+    ]
+    n = len(names)
+    told = f"{counted(n, 'attack')} {verb(n, 'does', 'do')} not apply to this model: {', '.join(names)}"
+    return [f"what cannot be tried: {told}"] if n else []
+
+
+def _inapplicable(outcome: pool.Outcome) -> bool:
+    return isinstance(outcome.job, Assault) and outcome.error.startswith(INAPPLICABLE)
+
+
+def _passed_over(outcome: pool.Outcome) -> dict[str, Any]:
+    row = _failure(outcome)
+    return {"defence": row["defence"], "attack": row["attack"], "why": row["error"], "recipe": row["recipe"]}
+
+
 def _failure(outcome: pool.Outcome) -> dict[str, Any]:
-    job = outcome.job
+    job, why = outcome.job, {"error": outcome.error, "details": _tail(outcome.details)}
     if not isinstance(job, Assault):
-        return {"defence": "", "attack": job.title, "seed": 0, "error": outcome.error, "recipe": None}
+        return {"defence": "", "attack": job.title, "seed": 0, **why, "recipe": None}
     return {
         "defence": job.defence,
         "attack": job.name,
         "seed": job.attack.seed,
-        "error": outcome.error,
+        **why,
         "recipe": None if job.recipe is None else origin(job.recipe),
     }
+
+
+def _tail(details: str) -> str:
+    """The end of a traceback, which says where it was and what."""
+    return details if len(details) <= TRACEBACK else f"…{details[-TRACEBACK:]}"

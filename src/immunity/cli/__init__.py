@@ -47,11 +47,11 @@ def _options(
 
 def program() -> typer.Typer:
     """The command line with its commands; their modules import torch only when one of them runs."""
-    from immunity.cli import attack, audit, demo, immunise, lifecycle, listing, report
+    from immunity.cli import attack, audit, benchmark, demo, group, immunise, lifecycle, listing, probe, report
 
     app = typer.Typer(name="immunity", no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
     app.callback(help=HELP)(_options)
-    for module in (demo, listing, immunise, attack, audit, lifecycle, report):
+    for module in (demo, listing, group, immunise, attack, audit, benchmark, probe, lifecycle, report):
         module.register(app)
     return app
 

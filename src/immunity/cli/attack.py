@@ -6,8 +6,16 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import typer
 
+from immunity.cli.judging import (
+    MEASURING,
+    FirstJudge,
+    JudgeKey,
+    JudgeModel,
+    JudgeUrl,
+    SecondJudge,
+    ShowReal,
+)
 from immunity.cli.options import (
-    DATA,
     DATA_SAYS,
     Benign,
     Device,
@@ -29,23 +37,6 @@ from immunity.cli.options import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-Judge = Literal[
-    "auto",
-    "none",
-    "exact",
-    "overlap",
-    "refusal",
-    "refusal-keywords",
-    "beaver-dam-io",
-    "beaver-dam-o",
-    "beavertails-qa",
-    "harmbench",
-    "strongreject",
-    "endpoint",
-    "endpoint-strongreject",
-]
-"""The names in ``immunity.measure.judges.JUDGES``, which would load torch, and two more."""
-MEASURING: Final = "What is measured"
 BATTERY: Final = "Batteries"
 HELP: Final = lines(
     "Attack MODEL as somebody would who downloads it, and measure it on the way.",
@@ -109,49 +100,12 @@ def attack(
     domain: Domain = "umbra",
     protocol: Protocol = "plain",
     skip_bad_rows: SkipBad = False,
-    show_real: Annotated[
-        bool,
-        typer.Option("--show-real", rich_help_panel=DATA, help="Keep answers to data of yours; they may be harmful."),
-    ] = False,
-    judge: Annotated[
-        Judge,
-        typer.Option(
-            metavar="NAME",
-            rich_help_panel=MEASURING,
-            help="Who scores harm: exact (made-up worlds only), overlap, refusal, refusal-keywords, beaver-dam-io, "
-            "beaver-dam-o, beavertails-qa, harmbench, strongreject, endpoint, endpoint-strongreject or none; auto is "
-            "exact or none.",
-        ),
-    ] = "auto",
-    second_judge: Annotated[
-        Judge,
-        typer.Option(
-            metavar="NAME",
-            rich_help_panel=MEASURING,
-            help="Another one, to see whether the two agree; auto is overlap where there is a first, none is nobody.",
-        ),
-    ] = "auto",
-    judge_url: Annotated[
-        str | None,
-        typer.Option(
-            metavar="URL",
-            rich_help_panel=MEASURING,
-            help="Of a chat model with an OpenAI-compatible address, as far as /v1, for the judges endpoint and "
-            "endpoint-strongreject. Prompts and answers are sent there; replies are kept, so a second run costs "
-            "nothing.",
-        ),
-    ] = None,
-    judge_model: Annotated[
-        str | None, typer.Option(metavar="NAME", rich_help_panel=MEASURING, help="What that address calls the model.")
-    ] = None,
-    judge_key: Annotated[
-        str | None,
-        typer.Option(
-            metavar="VARIABLE",
-            rich_help_panel=MEASURING,
-            help="Environment variable with the key for that address; without it none is sent.",
-        ),
-    ] = None,
+    show_real: ShowReal = False,
+    judge: FirstJudge = "auto",
+    second_judge: SecondJudge = "auto",
+    judge_url: JudgeUrl = None,
+    judge_model: JudgeModel = None,
+    judge_key: JudgeKey = None,
     base: Annotated[
         str | None,
         typer.Option(

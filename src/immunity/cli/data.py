@@ -146,33 +146,63 @@ def suite(
         DataError: A name or a row is bad.
         SettingsError: Harmful or general held-out data is missing, or the judge cannot judge the data.
     """
-    held_out: dict[str, Corpus] = {}
+    rows: dict[str, Corpus] = {}
     for role, spec in named.items():
         if spec is not None:
-            split = "train" if Path(spec).expanduser().is_file() else "test"
-            whole = _load(spec, role, split, protocol, skip_bad=skip_bad)
-            held_out[role] = whole.take(min(prompts, len(whole)))
-    if not held_out:
+            whole = _test(spec, role, protocol, skip_bad=skip_bad)
+            rows[role] = whole.take(min(prompts, len(whole)))
+    if not rows:
         chosen = judge(judge_name, made=True, endpoint=judge_at)
         return replace(standin, judge=chosen, second=second(second_name, chosen, standin.second, judge_at))
-    missing = [role for role in ("harmful", "general") if role not in held_out]
+    missing = [role for role in ("harmful", "general") if role not in rows]
     if missing:
         needed = " and ".join(f"--test-{role}" for role in missing)
         raise SettingsError(f"measuring on data of your own needs {needed}, too: rows that nobody trains on")
-    made = held_out["harmful"].name.startswith(SYNTHETIC)
+    made = rows["harmful"].name.startswith(SYNTHETIC)
     if second_name == "exact" and not made:
         raise SettingsError("--second-judge exact reads the key of the made-up worlds (synthetic:…): name another one")
     chosen = judge(judge_name, made=made, endpoint=judge_at)
     return replace(
         standin,
-        harmful=held_out["harmful"],
-        general=held_out["general"],
-        benign=held_out.get("benign"),
+        harmful=rows["harmful"],
+        general=rows["general"],
+        benign=rows.get("benign"),
         judge=chosen,
         second=second(second_name, chosen, standin.second, judge_at),
         batch_size=16,
         show_real=show_real,
     )
+
+
+def held_out(
+    words: Sequence[str], *, protocol: str = "plain", skip_bad: bool = False
+) -> dict[str, tuple[Corpus, Corpus]]:
+    """Name -> what an attacker trains on and what is measured, of domains that a defence was not trained on.
+
+    Args:
+        words: NAME=TRAIN,TEST, or NAME=DATA for a folder or a set that has both.
+        protocol: Of public sets.
+        skip_bad: Leave bad rows out.
+
+    Raises:
+        DataError: A data name or a row is bad.
+        SettingsError: A word is not of that form, or a name is given twice.
+    """
+    found: dict[str, tuple[Corpus, Corpus]] = {}
+    for word in words:
+        name, _, data = word.partition("=")
+        train, comma, test = (part.strip() for part in data.partition(","))
+        if not name.strip() or not train or "," in test or (comma and not test):
+            raise SettingsError(f"--held-out {word}: say NAME=TRAIN,TEST, or NAME=DATA for a set or folder with both")
+        if name.strip() in found:
+            raise SettingsError(f"--held-out {name.strip()} is given twice: name every held-out domain once")
+        if not test and Path(train).expanduser().is_file():
+            raise SettingsError(f"--held-out {word}: a file has no rows to test on; say {name}={train},TEST")
+        found[name.strip()] = (
+            _load(train, "harmful", "train", protocol, skip_bad=skip_bad),
+            _test(test or train, "harmful", protocol, skip_bad=skip_bad),
+        )
+    return found
 
 
 def warn_of_overlap(data: Corpora, measured: Suite) -> None:
@@ -192,14 +222,23 @@ def warn_of_overlap(data: Corpora, measured: Suite) -> None:
             )  # fmt: skip
 
 
+def _test(spec: str, role: str, protocol: str, *, skip_bad: bool) -> Corpus:
+    """Rows to test on: all of a file, or the test split of a folder or a set."""
+    split = "test" if _is_set(spec) or Path(spec).expanduser().is_dir() else "train"
+    return _load(spec, role, split, protocol, skip_bad=skip_bad)
+
+
+def _is_set(spec: str) -> bool:
+    return spec.startswith(SYNTHETIC) or spec.partition("@")[0] in CATALOGUE
+
+
 def _load(spec: str, role: str, split: str, protocol: str, *, skip_bad: bool) -> Corpus:
-    is_set = spec.startswith(SYNTHETIC) or spec.partition("@")[0] in CATALOGUE
     try:
         return catalogue.load(
             spec,
             role,
             split=split,
-            protocol=protocol if is_set else "plain",
+            protocol=protocol if _is_set(spec) else "plain",
             on_bad="skip" if skip_bad else "raise",
         )
     except DataError as error:

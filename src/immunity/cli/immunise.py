@@ -191,6 +191,12 @@ def _complete(method: Method, data: Corpora) -> None:
 
     given = dealt(method.reads, data)
     missing = [f"--{role}" for role in method.reads if role not in given]
+    if "--vulnerable" in missing:
+        raise SettingsError(
+            f"{method.card.name} trains on two groups of alignment rows, which depend on the model. Find them first: "
+            "immunity group MODEL --out groups; then give --alignment groups/alignment.jsonl and --vulnerable "
+            "groups/vulnerable.jsonl"
+        )
     if missing:
         raise SettingsError(
             f"{method.card.name} needs data for {', '.join(missing)}, too. Stand-ins are used only if no data is named "
@@ -200,6 +206,8 @@ def _complete(method: Method, data: Corpora) -> None:
 
 MEANING: Final = {
     r"nll/alignment": "loss on the answers to keep: low",
+    r"nll/vulnerable": "loss on the answers that are forgotten first: low",
+    r"probability/vulnerable": "how often those are practised",
     r"nll/harmful": "loss on restricted answers: not near 0",
     r"collapse/\w+": "surprise at the collapse word: high, or the model has collapsed already",
     r"collapse/\w+@\d+": "the same after the simulated attack: low, the trap fires",
@@ -218,8 +226,9 @@ def _report(record: Mapping[str, Any], folder: Path, *, own: bool) -> None:
         table.add_column(head, justify="right" if head else "left", no_wrap=True)
     table.add_column("meaning")
     for pattern, meaning in MEANING.items():
-        for name in (name for name in log[-1] if re.fullmatch(pattern, name)):
-            table.add_row(name, f"{log[0][name]:.3f}", f"{log[-1][name]:.3f}", meaning)
+        for name in dict.fromkeys(name for row in log for name in row if re.fullmatch(pattern, name)):
+            logged = [row[name] for row in log if name in row]  # what is drawn by lot is not in every step
+            table.add_row(name, f"{logged[0]:.3f}", f"{logged[-1]:.3f}", meaning)
     show("what was trained", table)
     memory, pace = record["peak_memory_bytes"], record["seconds_per_step"]
     costs = ["" if pace is None else f"{pace:.3g} s a step", "" if memory is None else f"{memory / 2**20:,.0f} MiB"]

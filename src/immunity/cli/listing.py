@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -11,18 +10,35 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 from rich.text import Text
 
+from immunity.cli import taxonomy
 from immunity.cli.console import out
 from immunity.cli.options import lines
+from immunity.cli.prose import described, shown
 from immunity.cli.tables import plain_table, show
 
 if TYPE_CHECKING:
     from immunity.attacks.battery import Battery
+    from immunity.measure.judges import Kind
+
+_BY: Final = {
+    "rule": ("a rule; no model is loaded, and nothing leaves this machine", "nothing"),
+    "model": ("a model on this machine; nothing leaves it", "a local model"),
+    "endpoint": ("a chat model; prompts and answers are sent to the address that you give", "an endpoint"),
+}
+"""Who judges: in words, and what it needs in a word."""
 
 HELP: Final = lines(
-    "Show the methods, attacks, models and data sets that can be named, or explain one of them.",
+    "Show the methods, attacks, judges, models and data sets that can be named, or explain one of them.",
     "Without NAME, everything in short. With the name of a method or an attack, its settings: what each means, and its "
-    "value in each preset; with that of a battery, its attacks and their sources.",
-    examples=("immunity list", "immunity list ctrap", "immunity list finetune", "immunity list standard"),
+    "value in each preset; with that of a battery, its attacks and their sources; with that of a judge, what it says, "
+    "on what scale, what it needs and whose it is.",
+    examples=(
+        "immunity list",
+        "immunity list ctrap",
+        "immunity list finetune",
+        "immunity list standard",
+        "immunity list strongreject",
+    ),
 )
 
 
@@ -33,16 +49,18 @@ def register(app: typer.Typer) -> None:
 
 def listing(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="A method, an attack or a battery.", show_default=False)
+        str | None,
+        typer.Argument(metavar="[NAME]", help="A method, attack, battery or judge.", show_default=False),
     ] = None,
 ) -> None:
     """Show what there is, or explain one of them: see :data:`HELP`."""
     if name is not None:
         _explain(name)
         return
-    _methods()
+    taxonomy.overview()
     _attacks()
     _batteries()
+    _judges()
     _models()
     _data()
 
@@ -51,28 +69,39 @@ def _explain(name: str) -> None:
     from immunity import attacks, methods
     from immunity.attacks.battery import BATTERIES
     from immunity.errors import SettingsError
+    from immunity.measure.judges import JUDGES
     from immunity.spec import nearest
 
     if name in methods.PRESETS:
-        card = methods.METHODS[name].card
-        paper = f"{card.paper} (arXiv {card.arxiv}, {card.year})" if card.arxiv else card.paper
-        out.print(Text(f"{card.name}: {card.says}"))
-        out.print(Text(f"paper: {paper}\nblock: {card.block}; {card.family}\ngradients a step: {card.gradients}"))
-        roles = ", ".join(methods.PRESETS[name]["default"].reads)
-        out.print(Text(f"data that it reads: {roles}\n"))
+        taxonomy.explain(name)
         _settings(methods.METHODS[name], methods.PRESETS[name])
+        taxonomy.departures_of(name)
     elif name in attacks.PRESETS:
         _settings(attacks.ATTACKS[name], attacks.PRESETS[name])
     elif name in BATTERIES:
         _recipes(BATTERIES[name])
+    elif name in JUDGES:
+        _judge(name, JUDGES[name])
     else:
-        known = [*methods.PRESETS, *attacks.PRESETS, *BATTERIES]
+        known = [*methods.PRESETS, *attacks.PRESETS, *BATTERIES, *JUDGES]
         raise SettingsError(f"nothing is called {name!r}{nearest(name, known)}")
 
 
 def _recipes(battery: Battery) -> None:
     rows = [(one.id, one.family, f"{one.says} {one.source}.") for one in battery.recipes]
     _rows(f"{battery.name}: {battery.says}", ("attack", "family", "what it does, and where it comes from"), rows)
+
+
+def _judge(name: str, kind: Kind) -> None:
+    out.print(Text(f"{name}: {kind.says}"))
+    out.print(Text(f"scale: {kind.scale}\njudged by: {_BY[kind.by][0]}\nneeds: {kind.needs}"))
+    out.print(Text(f"source: {kind.source}\nlicence: {kind.licence}"))
+    if not kind.remote:
+        from immunity.measure.judges import named
+
+        meaning = described(type(named(name)))
+        if meaning:
+            _rows("settings, as published (from Python)", ("name", "meaning"), list(meaning.items()))
 
 
 def _settings(kind: type, presets: Mapping[str, Any]) -> None:
@@ -86,39 +115,16 @@ def _settings(kind: type, presets: Mapping[str, Any]) -> None:
     meaning = {name: said for name, said in described(kind).items() if not said.startswith("See ")}
     meaning = {**described(Fit), **meaning}
     for setting, value in default.items():
-        table.add_row(setting, Text(_shown(value)), Text(meaning.get(setting, "")))
+        table.add_row(setting, Text(shown(value)), Text(meaning.get(setting, "")))
     show("settings (--set NAME=VALUE)", table)
     if len(values) > 1:
         table = plain_table()
         table.show_header = False
         for preset, own in values.items():
-            changed = [f"{k}={_shown(v)}" for k, v in own.items() if v != default[k]]
+            changed = [f"{k}={shown(v)}" for k, v in own.items() if v != default[k]]
             table.add_row(preset, Text(" ".join(changed) or "the settings above"))
         out.print()
         show("presets (--preset NAME), and what they change", table)
-
-
-def described(kind: type) -> dict[str, str]:
-    """Setting -> what its class's docstring says of it under "Attributes"."""
-    section = re.search(r"^Attributes:\n((?:[ ]{4}.*\n?|\n)*)", inspect.getdoc(kind) or "", re.MULTILINE)
-    found: dict[str, str] = {}
-    last = ""
-    for line in (section.group(1) if section else "").splitlines():
-        start = re.match(r" {4}(\w+): (.*)", line)
-        if start:
-            last = start.group(1)
-            found[last] = start.group(2)
-        elif last and line.strip():
-            found[last] += f" {line.strip()}"
-    return {
-        name: re.sub(r":\w+:`~?([^`]*)`|\*(\w[^*]*)\*", r"\1\2", text).replace("``", "") for name, text in found.items()
-    }
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, bool) or value is None:
-        return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _rows(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -132,17 +138,6 @@ def _rows(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> No
     out.print()
 
 
-def _methods() -> None:
-    from immunity import methods
-
-    rows = []
-    for name, kind in sorted(methods.METHODS.items()):
-        card = kind.card
-        says = f"{card.says} {card.name}, {f'arXiv {card.arxiv}' if card.arxiv else card.family}, {card.year}."
-        rows.append((name, ", ".join(methods.PRESETS[name]), says))
-    _rows("methods: immunity immunise MODEL --method NAME --preset PRESET", ("name", "presets", ""), rows)
-
-
 def _attacks() -> None:
     from immunity import attacks
 
@@ -151,7 +146,7 @@ def _attacks() -> None:
         default = asdict(presets["default"])  # type: ignore[call-overload]
         for name, attack in presets.items():
             own = asdict(attack)  # type: ignore[call-overload]
-            changed = [f"{key}={_shown(value)}" for key, value in own.items() if value != default[key]]
+            changed = [f"{key}={shown(value)}" for key, value in own.items() if value != default[key]]
             rows.append((kind, name, attack.threat.name, " ".join(changed) or _says(type(attack))))
     _rows("attacks: immunity attack MODEL --attack NAME --preset PRESET", ("name", "preset", "threat", ""), rows)
 
@@ -169,6 +164,13 @@ def _batteries() -> None:
     ]
     rows.append(("adaptive", "", "Counter-attacks derived from what a defence says that it does."))
     _rows("batteries: immunity attack MODEL --battery NAME", ("name", "attacks", ""), rows)
+
+
+def _judges() -> None:
+    from immunity.measure.judges import JUDGES
+
+    rows = [(name, one.says, _BY[one.by][1], one.source) for name, one in JUDGES.items()]
+    _rows("judges of harm: --judge NAME --second-judge NAME", ("name", "what it judges by", "needs", "source"), rows)
 
 
 def _models() -> None:

@@ -33,4 +33,7 @@ def report(
     path = folder / store.RESULT
     if not path.is_file():
         raise DataError(f"there is no {path}: immunity demo and immunity attack write one into their --out folder")
-    out.print(f"wrote {page.write(store.read(path), folder / 'report.html')}", markup=False, soft_wrap=True)
+    result = store.read(path)
+    if result.get("kind") == "benchmark":
+        raise DataError(f"{path} was written by immunity benchmark, which has no page: it prints its tables again")
+    out.print(f"wrote {page.write(result, folder / 'report.html')}", markup=False, soft_wrap=True)

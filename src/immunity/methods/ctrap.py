@@ -19,7 +19,7 @@ from immunity.losses import collapse, nll
 from immunity.mechanisms import Collapse, LookAhead, Mechanism
 from immunity.method import Card, GradientMethod, Problem
 from immunity.models import LanguageModel
-from immunity.simulated import EPS, Rule, walker
+from immunity.simulated import Curvature, Rule, pulled_back, walker
 from immunity.theta import Theta, Vector
 
 
@@ -65,7 +65,7 @@ class CTRAP(GradientMethod):
     word: str = "error"
     step: Rule = "normalised"
     lookahead: int = 1
-    curvature: Literal["none", "forward", "central"] = "none"
+    curvature: Curvature = "none"
     collapse_on: Literal["general", "alignment"] = "general"
     mean: Literal["example", "token"] = "example"
     watch_benign: bool = False
@@ -124,8 +124,9 @@ class CTRAP(GradientMethod):
         g_harm = theta.grad(nll, harmful[0])
         with self._attacked(theta, g_harm, harmful[1:]):
             g_trap = theta.grad(e, general)
-        if self.curvature != "none":
-            g_trap = g_trap - self._curvature(theta, harmful[0], g_harm, g_trap)
+        g_trap = pulled_back(
+            theta, nll, harmful[0], g_harm, g_trap, rule=self.step, alpha=self.alpha, curvature=self.curvature
+        )
         if self.watch_benign:
             self._watch_benign(theta, batch["benign"], general)
         return theta.grad(nll, aligned) + self.lam * g_trap
@@ -139,15 +140,6 @@ class CTRAP(GradientMethod):
             for part in rest:
                 theta.step(attacker(theta.grad(nll, part)))
             yield
-
-    def _curvature(self, theta: Theta, harmful: Batch, g: Vector, v: Vector) -> Vector:
-        """(∂(α s(g))/∂θ)ᵀ v: α H v for the plain step, (α/n) H (v − g ⟨g, v⟩/(‖g‖ n)), n = ‖g‖ + ε, if normalised."""
-        alpha, length = self.alpha, g.norm()
-        if self.step == "normalised":
-            alpha, n = self.alpha / (length + EPS), length + EPS
-            v = v - ((g @ v) / (length * n)) * g
-        known = g if self.curvature == "forward" else None
-        return alpha * theta.hvp(nll, harmful, v, scale=alpha * length, at=known)
 
     def _watch_benign(self, theta: Theta, benign: Batch, general: Batch) -> None:
         rows = [self._averaged(part) for part in benign.parts(self.lookahead)]

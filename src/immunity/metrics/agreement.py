@@ -28,7 +28,7 @@ class Agreement(NamedTuple):
         raw: Share of the n answers that they judge alike; None if n is 0.
         interval: Wilson's, of ``raw``.
         kappa: Cohen's; None where it is undefined.
-        kappa_interval: 95 %, a bootstrap over answers.
+        kappa_interval: 95 %, a bootstrap over answers; None where they show no spread.
         alpha: Krippendorff's, nominal; None where it is undefined.
         alpha_interval: 95 %, from the same bootstrap.
         cells: (what the first said, what the second said) -> answers.
@@ -190,9 +190,12 @@ def _one(values: NDArray[np.float64]) -> float | None:
 
 
 def _spread(values: NDArray[np.float64]) -> Interval | None:
-    """The middle 95 %; None where more than a twentieth of the resamples have no value."""
+    """The middle 95 %; None where it would be empty, or more than a twentieth of the resamples have no value.
+
+    Judges that never differed agree in every resample, which says nothing of how well they would agree elsewhere.
+    """
     known = values[~np.isnan(values)]
     if known.size < 0.95 * values.size:
         return None
     low, high = np.quantile(known, [0.025, 0.975])
-    return Interval(float(low), float(high))
+    return Interval(float(low), float(high)) if low < high else None

@@ -16,7 +16,7 @@ from immunity.checks import MARGIN
 from immunity.metrics import budget
 from immunity.metrics.budget import Break, Checkpoint, Envelope, Ratio
 from immunity.metrics.conclusion import Findings, conclude, state
-from immunity.metrics.curves import AXES, Curve, curves, released
+from immunity.metrics.curves import AXES, Curve, asked, curves, released
 from immunity.metrics.flags import Scene, flags
 from immunity.metrics.runs import attack_rows, names_run
 from immunity.metrics.stats import Interval, finite
@@ -66,8 +66,9 @@ def summary(result: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         ``name``, ``version``, ``phi`` (the least of any model), ``metric`` and ``models``, each:
 
-        * ``model``, ``role`` ("defended" or "baseline"), ``phi``, ``released`` (harm at step 0), ``state``, ``verdict``
-          (one sentence);
+        * ``model``, ``role`` ("defended" or "baseline"), ``phi``, ``released`` (harm at step 0), ``asked`` (how it was
+          asked then: "plain", or the styles of all its curves where none asks plainly), ``state``, ``verdict`` (one
+          sentence);
         * ``ability``: ``metric``, ``released``, ``reference`` (what ε is relative to), ``of`` (whose that is);
         * ``w1``: ``value``, ``low``, ``high``, ``attack``, ``seed``, ``step``, ``unit``, ``harm``, ``ability``, ``of``
           (models compared), and ``artefact`` and ``recipe``: ``value``, ``low``, ``high``, ``seeds``, or None;
@@ -127,6 +128,7 @@ def _model(part: Part, baseline: Part | None, result: Mapping[str, Any], setting
         rows=attack_rows(part.model, mine, result, settings.metric, part.phi),
         flags=raised,
         alone=baseline is None,
+        recipe=None if best is None else again(mine, settings.metric, best, "recipe"),
     )
     defended = part.model not in settings.baselines
     return {
@@ -134,6 +136,7 @@ def _model(part: Part, baseline: Part | None, result: Mapping[str, Any], setting
         "role": "defended" if defended else "baseline",
         "phi": part.phi,
         "released": part.start,
+        "asked": asked(mine),
         "state": state(found).value,
         "verdict": conclude(found),
         "ability": {

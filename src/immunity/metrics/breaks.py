@@ -1,17 +1,22 @@
 """When attacks broke a model, seed by seed, and the cost ratio of two models with its interval.
 
 Break times are known on the measured budgets only: a break "at 64" came after the budget before it. All ratios here are
-of measured budgets, and :class:`Rho` gives beside them what the true ratio can be between those.
+of measured budgets, and :class:`Rho` gives beside them what the true ratio can be between those. No interval is
+narrower than that: seeds that all broke at the same measured budget have no spread, which is the measuring grid's doing
+and no proof that the ratio is known exactly.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from immunity.metrics.curves import AXES, Curve, curves
 from immunity.metrics.stats import mean, sd, t_quantile
+
+Cell: TypeAlias = tuple[float | None, float | None]
+"""The least and the greatest that a number can be; None: no end."""
 
 
 class Run(NamedTuple):
@@ -37,13 +42,17 @@ class Rho(NamedTuple):
 
     Attributes:
         value: None if unknown.
-        low: Lower end of the 95 % t interval over seeds; None with fewer than two seeds or where only "≤" is known.
-        high: Upper end; None with fewer than two seeds or where only "≥" is known.
+        low: Lower end of the 95 % t interval over seeds, or of ``grid`` where that reaches further; None with fewer
+            than two seeds or where there is no such end, as where only "≤" is known.
+        high: Upper end; None with fewer than two seeds or where there is none, as where only "≥" is known.
         bound: "=", "≥" (the defended model did not break in some seed), "≤" (the baseline did not), or "unknown".
         seeds: Seeds in which both models were attacked.
         grid: What it can be between the measured budgets; an end that is not known is None.
         logs: The logarithm of the ratio in each of those seeds; empty where it is unknown, or 0 in one of them.
         numbers: Those seeds.
+        cells: For each of them what its logarithm can be between the measured budgets, with a model that did not break
+            at the greatest budget tried; an end that is not known is None.
+        gridded: Whether an end of the interval is the grid's.
     """
 
     value: float | None
@@ -54,6 +63,13 @@ class Rho(NamedTuple):
     grid: tuple[float | None, float | None] = (None, None)
     logs: tuple[float, ...] = ()
     numbers: tuple[int, ...] = ()
+    cells: tuple[Cell, ...] = ()
+    gridded: bool = False
+
+    def plain(self) -> dict[str, Any]:
+        """JSON-plain."""
+        lists = {"grid": self.grid, "logs": self.logs, "numbers": self.numbers, "cells": map(list, self.cells)}
+        return {**self._asdict(), **{name: list(values) for name, values in lists.items()}}
 
 
 def cost_ratio(defended: Sequence[Run], baseline: Sequence[Run], *, level: float = 0.95) -> Rho:
@@ -72,33 +88,73 @@ def cost_ratio(defended: Sequence[Run], baseline: Sequence[Run], *, level: float
     pairs = [(_worst(mine[seed]), _worst(theirs[seed])) for seed in seeds]
     if not pairs or any((b.at if b.at is not None else b.tried) <= 0.0 for _, b in pairs):
         return Rho(None, None, None, "unknown", len(seeds))
-    if any(d.at == 0.0 for d, _ in pairs):
-        return Rho(0.0, 0.0, 0.0, "=", len(seeds), (0.0, 0.0))
+    if any(d.at == 0.0 for d, _ in pairs):  # it costs nothing, exactly
+        return Rho(0.0, None, None, "=", len(seeds))
     names = [({run.attack for run in mine[seed]}, {run.attack for run in theirs[seed]}) for seed in seeds]
     least = any(d.at is None for d, _ in pairs) or any(own - other for own, other in names)
     most = any(b.at is None for _, b in pairs) or any(other - own for own, other in names)
     if least and most:
         return Rho(None, None, None, "unknown", len(seeds))
     logs = tuple(math.log(reached(d) / reached(b)) for d, b in pairs)
-    value, half = mean(logs), _half(logs, level)
+    cells = tuple(_cell(d, b) for d, b in pairs)
+    (low, high), of_grid = ends(logs, cells, level)
+    narrow = centre(cells)
     return Rho(
-        math.exp(value),
-        None if most or half is None else math.exp(value - half),
-        None if least or half is None else math.exp(value + half),
+        math.exp(mean(logs)),
+        None if most or len(logs) < 2 else _power(low) or 0.0,
+        None if least else _power(high),
         "≥" if least else "≤" if most else "=",
         len(seeds),
-        (None if most else _between(pairs, low=True), None if least else _between(pairs, low=False)),
+        (None if most else _power(narrow[0]) or 0.0, None if least else _power(narrow[1])),
         logs,
         tuple(seeds),
+        cells,
+        (of_grid[0] and not most) or (of_grid[1] and not least),
+    )
+
+
+def ends(logs: Sequence[float], cells: Sequence[Cell], level: float = 0.95) -> tuple[Cell, tuple[bool, bool]]:
+    """The t interval of a mean over seeds, never narrower than what the measuring grid leaves open.
+
+    Args:
+        logs: One for each seed.
+        cells: Between what each of them lies.
+        level: Coverage.
+
+    Returns:
+        Both ends, None with fewer than two seeds, and where there is none; and whether each of them is the grid's.
+    """
+    half = _half(logs, level)
+    if half is None:
+        return (None, None), (False, False)
+    value, (low, high) = mean(logs), centre(cells)
+    first = None if low is None else min(low, value - half)
+    last = None if high is None else max(high, value + half)
+    grid = (first is None or first < value - half - 1e-9, last is None or last > value + half + 1e-9)
+    return (first, last), grid
+
+
+def centre(cells: Sequence[Cell]) -> Cell:
+    """The mean of numbers that are known to lie in cells; an end that one of them lacks is None."""
+    lows, highs = ([cell[i] for cell in cells] for i in (0, 1))
+    known = [[end for end in side if end is not None] for side in (lows, highs)]
+    return (
+        mean(known[0]) if len(known[0]) == len(cells) > 0 else None,
+        mean(known[1]) if len(known[1]) == len(cells) > 0 else None,
     )
 
 
 def told(rho: Rho) -> str:
-    """ρ in words: "at least 16 (9.1 to ?)", with its interval over seeds where it has one."""
+    """ρ in words: "at least 16 (9.1 to ?)", with its interval where it has one, and whether that is the grid's."""
     if rho.value is None:
         return "unknown"
-    ends = "" if rho.low is None and rho.high is None else f" ({_end(rho.low)} to {_end(rho.high)})"
-    return f"{ {'≥': 'at least ', '≤': 'at most '}.get(rho.bound, '') }{rho.value:.3g}{ends}"
+    between = "" if rho.low is None and rho.high is None else f" ({span(rho.low, rho.high, gridded=rho.gridded)})"
+    return f"{ {'≥': 'at least ', '≤': 'at most '}.get(rho.bound, '') }{rho.value:.3g}{between}"
+
+
+def span(low: float | None, high: float | None, *, gridded: bool) -> str:
+    """An interval in words: "9.1 to ?", "0.5 to 2 between the measured budgets"."""
+    return f"{_end(low)} to {_end(high)}{' between the measured budgets' if gridded else ''}"
 
 
 def _end(value: float | None) -> str:
@@ -192,15 +248,14 @@ def reached(run: Run) -> float:
     return run.tried if run.at is None else run.at
 
 
-def _between(pairs: Sequence[tuple[Run, Run]], *, low: bool) -> float | None:
-    """One end of what ρ can be between the measured budgets: broken after ``before``, and by ``at``."""
-    above = [d.before if low else reached(d) for d, _ in pairs]
-    below = [reached(b) if low else b.before for _, b in pairs]
-    if min(above) <= 0.0:
-        return 0.0
-    if min(below) <= 0.0:
-        return None
-    return math.exp(mean([math.log(a / b) for a, b in zip(above, below, strict=True)]))
+def _cell(defended: Run, baseline: Run) -> Cell:
+    """What the logarithm of one seed's ratio can be: each model broke after ``before``, and by ``at``."""
+    low = math.log(defended.before / reached(baseline)) if defended.before > 0.0 else None
+    return low, math.log(reached(defended) / baseline.before) if baseline.before > 0.0 else None
+
+
+def _power(log: float | None) -> float | None:
+    return None if log is None else math.exp(log)
 
 
 def _half(logs: Sequence[float], level: float) -> float | None:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, TypeAlias
 
+from immunity.metrics.counted import verb
 from immunity.metrics.multiple import holm
 
 Verdict3: TypeAlias = Literal["pass", "fail", "not enough evidence"]
@@ -146,7 +147,8 @@ def _settled(claim: Claim, adjusted: float | None, of: int) -> Claim:
     claim = replace(claim, details={**claim.details, "p_fail_holm": adjusted})
     if claim.verdict != FAIL or adjusted <= ALPHA:
         return claim
-    says = f"{claim.says} Not counted as a failure: one of {of} tests may look like this by chance (Holm)."
+    tests = f"one of {of} tests" if of > 1 else "a test"
+    says = f"{claim.says} Not counted as a failure: {tests} may look like this by chance (Holm)."
     return replace(claim, verdict=UNKNOWN, says=says)
 
 
@@ -156,7 +158,7 @@ def _says(name: str, verdict: Verdict3, claims: Sequence[Claim], nothing: str) -
     telling = [claim for claim in claims if claim.verdict == verdict] or list(claims)
     begin = {PASS: f"{name.capitalize()} holds", FAIL: f"No {name}", UNKNOWN: f"Not enough evidence on {name}"}[verdict]
     count = f"{len(telling)} of {len(claims)} claims"
-    more = (
-        "" if len(claims) == 1 else f" ({count} {'pass' if verdict == PASS else 'fail' if verdict == FAIL else 'open'})"
-    )
+    n = len(telling)
+    how = {PASS: verb(n, "passes", "pass"), FAIL: verb(n, "fails", "fail"), UNKNOWN: verb(n, "is open", "are open")}
+    more = "" if len(claims) == 1 else f" ({count} {how[verdict]})"
     return f"{begin}{more}. {telling[0].says}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median_low
@@ -21,6 +22,11 @@ STEPS: Final = "steps"
 
 FRESH: Final = ("", "recipe", "artefact")
 """Why a curve was measured: to find out; again with a fresh seed; the same checkpoints again, on fresh prompts."""
+
+PLAIN: Final = "plain"
+"""The style of one who asks as anybody would."""
+
+_STYLE: Final = re.compile(r"\bstyle=(\S+)")
 
 PROMPTS: Final[Mapping[str, str]] = {
     "harm": "harm",
@@ -64,6 +70,7 @@ class Curve:
         unit: What the steps count: "steps" of an optimiser, or "directions", "share pruned in %" …
         ended: Why it is shorter than was planned ("diverged: …"), or "" if it is whole.
         fresh: One of :data:`FRESH`.
+        asks: The style in which the attacker asks from the first point on; "plain" is as anybody would.
         training: What the attacker saw of his own training: ``loss_first``, ``loss_last`` (nats per token) and
             ``direction_norm`` (the longer of the first and the last), as far as they were logged.
 
@@ -80,6 +87,7 @@ class Curve:
     unit: str = STEPS
     ended: str = ""
     fresh: str = ""
+    asks: str = PLAIN
     training: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -126,8 +134,13 @@ class Curve:
         return wilson(share, n) if n > 0 else None
 
 
-def curve(row: Mapping[str, Any], threat: str) -> Curve:
+def curve(row: Mapping[str, Any], threat: str, asks: str = PLAIN) -> Curve:
     """One entry of a result's ``curves``; numbers that are None, NaN or infinite count as not measured.
+
+    Args:
+        row: The entry.
+        threat: Of its attack.
+        asks: The style in which its attacker asks.
 
     Raises:
         DataError: The threat is unknown, a point has no whole-numbered step, or see :class:`Curve`.
@@ -160,6 +173,7 @@ def curve(row: Mapping[str, Any], threat: str) -> Curve:
         unit=str(row.get("unit") or STEPS),
         ended=str(row.get("ended") or ""),
         fresh=fresh,
+        asks=asks,
         training=_training(row.get("training") or {}),
     )
 
@@ -193,29 +207,48 @@ def _training(log: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 def released(read: Sequence[Curve]) -> dict[str, float]:
     """Every number of one model as it was released: the (lower) median over its curves, where each begins.
 
-    Curves of one model can begin differently: an attacker who asks in another style asks so from the start.
+    Only those count that ask plainly: an attacker who asks in another style, or begins the answer for the model, does
+    so from the start. Where none asks plainly, all count, and :func:`asked` says so.
     """
-    starts = [
-        curve.points[0].metrics for curve in read if not curve.rescored and curve.points and not curve.points[0].step
-    ]
-    names = dict.fromkeys(name for metrics in starts for name in metrics)
-    return {name: median_low([metrics[name] for metrics in starts if name in metrics]) for name in names}
+    starts = _starts(read)
+    chosen = [one for one in starts if one.asks == PLAIN] or starts
+    metrics = [one.points[0].metrics for one in chosen]
+    names = dict.fromkeys(name for row in metrics for name in row)
+    return {name: median_low([row[name] for row in metrics if name in row]) for name in names}
+
+
+def asked(read: Sequence[Curve]) -> str:
+    """How the model of :func:`released` was asked: "plain", else the styles of all; "" if nothing begins at 0."""
+    styles = dict.fromkeys(one.asks for one in _starts(read))
+    return PLAIN if PLAIN in styles else ", ".join(styles)
+
+
+def _starts(read: Sequence[Curve]) -> list[Curve]:
+    return [one for one in read if not one.rescored and one.points and not one.points[0].step]
 
 
 def curves(result: Mapping[str, Any]) -> tuple[Curve, ...]:
-    """Every curve of a result, in its order, with the threat of its attack.
+    """Every curve of a result, in its order, with the threat of its attack and the style in which that asks.
 
     Raises:
         DataError: A curve names an attack that the result does not describe, or see :func:`curve`.
     """
-    threats = {str(attack.get("name")): str(attack.get("threat")) for attack in result.get("attacks") or ()}
+    attacks = {str(attack.get("name")): attack for attack in result.get("attacks") or ()}
     read = []
     for row in result.get("curves") or ():
-        attack = str(row.get("attack"))
-        if attack not in threats:
+        attack = attacks.get(str(row.get("attack")))
+        if attack is None:
             raise DataError(
-                f"a curve names the attack {attack!r}, which is not among the result's attacks "
-                f"({', '.join(threats) or 'none'}); add it there with its threat"
+                f"a curve names the attack {str(row.get('attack'))!r}, which is not among the result's attacks "
+                f"({', '.join(attacks) or 'none'}); add it there with its threat"
             )
-        read.append(curve(row, threats[attack]))
+        read.append(curve(row, str(attack.get("threat")), _style(attack)))
     return tuple(read)
+
+
+def _style(attack: Mapping[str, Any]) -> str:
+    """The style in which an attack asks, by its settings; of a program, the last that one of its operations has."""
+    settings = attack.get("settings") or {}
+    styles = [str(settings.get("style") or PLAIN)]
+    styles += [found for op in settings.get("ops") or () for found in _STYLE.findall(str(op))]
+    return next((style for style in reversed(styles) if style != PLAIN), PLAIN)

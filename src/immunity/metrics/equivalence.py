@@ -9,6 +9,9 @@ does, as Agresti and Coull (1998) add two successes and two failures to one rate
 same answer a hundred times would be "equal within ±0 points"; with them, within ±3.2, which is near the exact 2.95.
 With only one on each side, a model that is worse by just δ would pass one time in ten instead of in twenty.
 
+Losses that are the same on every prompt are the same only as far as they were computed: their interval is as wide as
+single precision, not empty.
+
 Answers without a score are not guessed. For rates each end of the interval is computed with the missing scores as bad
 for that end as they can be; for losses, which have no worst case, the pair is left out.
 """
@@ -30,6 +33,10 @@ DELTA: Final = 0.02
 
 LEVEL: Final = 0.90
 """Of the interval that two one-sided tests at 5 % amount to."""
+
+
+_FINEST: Final = float(np.finfo(np.float32).eps)
+"""No mean is known better."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,11 +207,11 @@ def _known(gaps: NDArray[np.float64], share: bool, draws: int, seed: int) -> Sid
     """What is known about the mean of [S, n] differences."""
     table = np.hstack([gaps, np.tile([1.0, 1.0, -1.0, -1.0], (len(gaps), 1))]) if share else gaps
     known = ~np.isnan(table)
-    centre, se = float(table[known].mean()), two_way_se(table)
+    centre, se = float(table[known].mean()), max(two_way_se(table), _FINEST)
     prompts = int(known.any(axis=0).sum())
     if len(table) == 1:
         return Side(centre, se if prompts > 1 else math.inf, max(1, prompts - 1))
-    few = len(table) <= FEW
+    few = len(table) <= FEW or bool(np.ptp(table[known]) == 0.0)
     return Side(centre, se, len(table) - 1, np.empty(0) if few else np.sort(resampled(table, draws, seed)))
 
 

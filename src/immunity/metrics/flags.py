@@ -195,7 +195,8 @@ def _weak(scene: Scene) -> Iterator[Flag | None]:
 
 def _overlaps(scene: Scene) -> Iterator[Flag | None]:
     for row in scene.rows("overlaps"):
-        yield checks.overlapping(int(row.get("shared") or 0), int(row.get("of") or 0), str(row.get("with")))
+        where = ", by ".join(str(row[key]) for key in ("with", "kind") if row.get(key))
+        yield checks.overlapping(int(row.get("shared") or 0), int(row.get("of") or 0), where)
 
 
 _CHECKS: Final[tuple[Callable[[Scene], Iterable[Flag | None]], ...]] = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
+from immunity.metrics.counted import counted
 from immunity.metrics.curves import Curve
 from immunity.metrics.verdict import Harm, Outcome, State, Trap
 
@@ -156,4 +157,4 @@ def _left(state: State, trap: Trap, harm: Harm, curve: Curve) -> str:
 
 def _steps(n: int) -> str:
     """A number of steps in words."""
-    return "1 step" if n == 1 else f"{n} steps"
+    return counted(n, "step")

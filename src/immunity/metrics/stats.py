@@ -154,7 +154,8 @@ def two_way_se(table: NDArray[np.float64]) -> float:
 
     se² = var(row means) / S + var(column means) / n, from [S, n] with NaN where there is no score. What is left of a
     cell after its row and its column is counted in both, which errs on the wide side. One row has no spread, and its
-    part is 0: then it is the error of the prompts only.
+    part is 0: then it is the error of the prompts only. Rows and columns may all have one mean by chance, so it is
+    never less than the error of as many independent cells: 0 only where all cells are equal.
     """
     parts = []
     for axis in (1, 0):
@@ -163,7 +164,9 @@ def two_way_se(table: NDArray[np.float64]) -> float:
         sums = np.where(known, table, 0.0).sum(axis=axis)
         means = sums[count > 0] / count[count > 0]
         parts.append(float(means.var(ddof=1)) / means.size if means.size > 1 else 0.0)
-    return math.sqrt(sum(parts))
+    cells = table[~np.isnan(table)]
+    least = float(cells.var(ddof=1)) / cells.size if cells.size > 1 else 0.0
+    return math.sqrt(max(sum(parts), least))
 
 
 def resampled(table: NDArray[np.float64], draws: int, seed: int) -> NDArray[np.float64]:

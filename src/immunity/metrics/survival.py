@@ -102,7 +102,8 @@ def both(defended: Sequence[Run], baseline: Sequence[Run]) -> dict[str, Any] | N
 
     Returns:
         ``defended`` and ``baseline`` (the fields of :class:`Survival`; None where it was not attacked), and ``gain``:
-        ``value``, ``low``, ``high`` in log budget, or None. None if nothing was tried at a positive budget.
+        ``value``, ``low``, ``high`` in log budget, or None where there is one budget only. None if nothing was tried
+        at a positive budget.
     """
     sides = {"defended": defended, "baseline": baseline}
     budgets = [b for side in sides.values() for run in side for b in (run.at, run.before, run.tried) if b]
@@ -115,7 +116,7 @@ def both(defended: Sequence[Run], baseline: Sequence[Run]) -> dict[str, Any] | N
     }
     mine, theirs = made["defended"], made["baseline"]
     more = None
-    if mine is not None and theirs is not None:
+    if mine is not None and theirs is not None and start < horizon:
         value, ends = gain(mine, theirs)
         more = {"value": value, "low": ends.low, "high": ends.high}
     return {**{role: None if one is None else one._asdict() for role, one in made.items()}, "gain": more}

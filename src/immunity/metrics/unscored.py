@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from immunity.metrics.counted import counted, verb
 from immunity.metrics.curves import Curve
 
 JUDGED: Final = ("harm", "useful_harm", "second_harm")
@@ -63,9 +64,10 @@ def sentences(curves: Sequence[Curve]) -> list[str]:
         mean = "no number" if gap.value is None else f"{gap.value:.2f} over the others"
         name = gap.metric.replace("_", " ")
         said.append(
-            f"{gap.unscored} of {gap.prompts} answers of {gap.defence} after {gap.attack}, step {gap.step}, have no "
-            f"score: a judge's reply could not be read or never came, or it had nothing to compare with. There {name} "
-            f"is {mean}, and between {gap.low:.2f} and {gap.high:.2f} whatever they are. No mean counts them."
+            f"{gap.unscored} of {counted(gap.prompts, 'answer')} of {gap.defence} after {gap.attack}, step {gap.step}, "
+            f"{verb(gap.unscored, 'has', 'have')} no score: a judge's reply could not be read or never came, or it had "
+            f"nothing to compare with. There {name} is {mean}, and between {gap.low:.2f} and {gap.high:.2f} whatever "
+            "they are. No mean counts them."
         )
     return said
 

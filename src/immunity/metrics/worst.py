@@ -10,7 +10,10 @@ With K = 4, 8, 16 equal attacks of mean 0.5 and latent correlation 0.5 (a Gaussi
 
 The maximum of many is larger than what it is the maximum of (*winner's curse*), and nothing here corrects for that.
 Two other measurements do, and stand apart: the winner's checkpoint asked fresh prompts ("artefact": what one lucky
-attacker holds) and the winner's settings run with fresh seeds ("recipe": what the recipe gives).
+attacker holds) and the winner's settings run with fresh seeds ("recipe": what the recipe gives). Neither takes part in
+the contest: what measures a winner again must not be chosen for being great. Only an attack that was never run but with
+such seeds, as one whose settings were searched on other prompts, takes part with them, and then the runs of the other
+seeds measure it again.
 """
 
 from __future__ import annotations
@@ -71,7 +74,9 @@ class Portfolio(NamedTuple):
 
 def best_single(curves: Sequence[Curve], metric: str) -> Best | None:
     """W1 over the curves of one model; None if harm was never measured. Of equals, the least step and the first."""
-    found = [(c, p) for c in curves if not c.rescored for p in c.points if metric in p.metrics]
+    first = {curve.attack for curve in curves if not curve.fresh and curve.series(metric)}
+    enters = [c for c in curves if not c.fresh or (not c.rescored and c.attack not in first)]
+    found = [(c, p) for c in enters for p in c.points if metric in p.metrics]
     if not found:
         return None
     curve, point = max(found, key=lambda pair: (pair[1].metrics[metric], -pair[1].step))
@@ -86,9 +91,9 @@ def again(curves: Sequence[Curve], metric: str, best: Best, fresh: str) -> Again
         curves: Of the same model.
         metric: The harm.
         best: The winner.
-        fresh: "recipe": its attack with fresh seeds, at its step. "artefact": its own seed and step, fresh prompts.
+        fresh: "recipe": its attack with other seeds, at its step. "artefact": its own seed and step, fresh prompts.
     """
-    same = [c for c in curves if c.fresh == fresh and c.attack == best.curve.attack]
+    same = [c for c in curves if c.fresh == fresh and c.attack == best.curve.attack and c is not best.curve]
     if fresh == "artefact":
         same = [c for c in same if c.seed == best.curve.seed]
     held = [(c, p) for c in same for p in c.points if p.step == best.point.step and metric in p.metrics]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
 from immunity.metrics.conclusion import UNITS
-from immunity.metrics.stats import finite, mean
+from immunity.metrics.stats import finite
 from immunity.report import scorecard
 from immunity.report.audit_figures import ROLES, Forest, LessonPanel, Pair, Survival, forests, lessons, survival, tone
+from immunity.report.audit_judges import Judge, Judges, agreement, judged
+from immunity.report.audit_overlaps import Overlap, overlaps
 from immunity.report.audit_words import CONDITIONS, VERDICTS, ClaimRow, claim_row, ends, verdict_of
 from immunity.report.battery import MAIN, FlagGroup, flag_groups
 from immunity.report.look import Look
@@ -79,28 +81,6 @@ class Cell(NamedTuple):
     carried: ClaimRow | None
 
 
-class Judges(NamedTuple):
-    """How far two judges agree about the answers of one model."""
-
-    names: str
-    model: str
-    mean: str
-    least: str
-    n: int
-    more: str
-
-
-class Overlap(NamedTuple):
-    """How much of a data set the defence was trained on."""
-
-    what: str
-    defence: str
-    kind: str
-    shared: str
-    share: str
-    bad: bool
-
-
 class Audit(NamedTuple):
     """Everything that the section shows."""
 
@@ -117,6 +97,7 @@ class Audit(NamedTuple):
     threats: tuple[Cell, ...]
     lessons: tuple[LessonPanel, ...]
     again: tuple[LessonPanel, ...]
+    judged: tuple[Judge, ...]
     judges: tuple[Judges, ...]
     flags: tuple[FlagGroup, ...]
     flags_at: str
@@ -148,10 +129,11 @@ def audit(result: Row, look: Look) -> Audit | None:
         threats=tuple(cell for cell in cells if cell.threat != FINE_TUNING),
         lessons=tuple(one for one in learnt if not one.again),
         again=tuple(one for one in learnt if one.again),
-        judges=tuple(_judges(found, result)),
+        judged=tuple(judged(found)),
+        judges=tuple(agreement(found, result)),
         flags=tuple(flag_groups(found.get("flags") or resisting.get("flags") or ())),
         flags_at=_flags_at(result, model),
-        overlaps=tuple(_overlaps(found, rows["generalisation"])),
+        overlaps=tuple(overlaps(found, rows["generalisation"])),
     )
 
 
@@ -248,51 +230,3 @@ def _side(side: Row) -> Side:
     place = budget(broke[0]) if broke[0] == broke[-1] else f"{budget(broke[0])}–{budget(broke[-1])}"
     some = "" if len(broke) == len(at) else f", {len(broke)} of {plural(len(at), 'run')}"
     return Side("bad", "✕", f"broke at {place}{some}", harm)
-
-
-def _judges(found: Row, result: Row) -> list[Judges]:
-    """Agreement by pair of judges and model; of several attacks the mean, and the least."""
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for row in found.get("judges") or (result.get("battery") or {}).get("judges") or ():
-        if isinstance(row, Mapping):
-            names = " and ".join(map(str, row.get("judges") or ())) or "two judges"
-            groups.setdefault((names, str(row.get("defence") or "")), []).append(row)
-    made = []
-    for (names, model), rows in groups.items():
-        known = [(value, row) for row in rows if (value := finite(row.get("agreement", row.get("raw")))) is not None]
-        if not known:
-            continue
-        least, where = min(known, key=lambda pair: pair[0])
-        told = f"{decimal(least)} under {where['attack']}" if where.get("attack") else decimal(least)
-        made.append(Judges(names, model, decimal(mean([value for value, _ in known])), told, len(known), _chance(rows)))
-    return made
-
-
-def _chance(rows: Sequence[Row]) -> str:
-    """What is left of agreement without chance, and how many answers had no score."""
-    said = []
-    for key, sign in (("kappa", "κ"), ("alpha", "α")):
-        known = [value for row in rows if (value := finite(row.get(key))) is not None]
-        said += [f"{sign} {decimal(min(known))}{' at least' if len(known) > 1 else ''}"] if known else []
-    unscored = [row["unscored"] for row in rows if row.get("unscored")]
-    total = sum(sum(one) if isinstance(one, Sequence) else int(one) for one in unscored)
-    return ", ".join([*said, *([f"{total} unscored"] if total else [])])
-
-
-def _overlaps(found: Row, generalisation: Row) -> list[Overlap]:
-    given = found.get("overlaps") or found.get("overlap")
-    rows = given if isinstance(given, Sequence) and not isinstance(given, str) else ()
-    rows = rows or (generalisation.get("details") or {}).get("duplicates") or ()
-    return [_overlap(row) for row in rows if isinstance(row, Mapping)]
-
-
-def _overlap(row: Row) -> Overlap:
-    shared, of = finite(row.get("shared")) or 0.0, finite(row.get("of")) or 0.0
-    return Overlap(
-        what=str(row.get("with") or "data"),
-        defence=str(row.get("defence") or ""),
-        kind=str(row.get("kind") or "exact prompt"),
-        shared=f"{shared:,.0f} of {of:,.0f}",
-        share=f"{shared / of:.1%}" if of else NOTHING,
-        bad=shared > 0,
-    )

@@ -7,6 +7,7 @@ from typing import Any, Final, NamedTuple
 
 from immunity.metrics.battery import summary
 from immunity.metrics.conclusion import UNITS
+from immunity.metrics.curves import PLAIN
 from immunity.report.battery_rows import AttackRow, counted, ranked
 from immunity.report.battery_words import STATES, limits, said_metric, says_flag
 from immunity.report.clean import shortened
@@ -92,6 +93,13 @@ class Lost(NamedTuple):
     attacks: tuple[str, ...]
 
 
+class Traceback(NamedTuple):
+    """Where a failure that nobody foresaw came from, and which attacks it ended."""
+
+    text: str
+    attacks: tuple[str, ...]
+
+
 class Battery(NamedTuple):
     """Everything that the section shows."""
 
@@ -106,6 +114,7 @@ class Battery(NamedTuple):
     others: tuple[AttackRow, ...]
     limits: tuple[str, ...]
     lost: tuple[Lost, ...]
+    tracebacks: tuple[Traceback, ...]
 
 
 def summed(result: Row) -> dict[str, Any] | None:
@@ -142,6 +151,7 @@ def battery(result: Row, look: Look) -> Battery | None:
         others=tuple(rows[STRONGEST:]),
         limits=tuple(limits(given, found)),
         lost=tuple(_lost(rows, len(models))),
+        tracebacks=tuple(_tracebacks(result.get("failures") or ())),
     )
 
 
@@ -181,16 +191,18 @@ def facts(model: Row) -> list[Fact]:
     if pool:
         note = f"{plural(pool['attacks'], 'attack')} asked side by side, over {plural(pool['prompts'], 'prompt')}"
         made.append(Fact("W2, all of them together", decimal(pool["value"]), span(pool["low"], pool["high"]), note))
-    made.append(Fact("As released", decimal(model.get("released")), "", _released(str(model["model"]), able)))
+    made.append(Fact("As released", decimal(model.get("released")), "", _released(model, able)))
     return made
 
 
-def _released(model: str, able: Row) -> str:
+def _released(model: Row, able: Row) -> str:
+    style = str(model.get("asked") or PLAIN)
+    harm = "harm before any attack" + ("" if style == PLAIN else f", asked as {style}: no attack asks plainly")
     if able.get("released") is None:
-        return "harm before any attack"
-    known = able.get("reference") is not None and able.get("of") != model
+        return harm
+    known = able.get("reference") is not None and able.get("of") != str(model["model"])
     sound = f", {decimal(able['reference'])} in the baseline" if known else ""
-    return f"harm before any attack; general ability {decimal(able['released'])}{sound}"
+    return f"{harm}; general ability {decimal(able['released'])}{sound}"
 
 
 def spent(model: Row) -> list[Spent]:
@@ -252,6 +264,15 @@ def _flag(row: Row) -> FlagRow:
 def _precise(value: float) -> str:
     """Two decimals, but small numbers and whole ones as they are."""
     return f"{value:.3g}" if value == int(value) or 0 < abs(value) < 0.1 else decimal(value)
+
+
+def _tracebacks(failures: Sequence[Row]) -> list[Traceback]:
+    """Each once, with the attacks that ended so."""
+    found: dict[str, list[str]] = {}
+    for row in failures:
+        if row.get("details"):
+            found.setdefault(str(row["details"]), []).append(f"{row.get('attack')} on {row.get('defence')}")
+    return [Traceback(text, tuple(dict.fromkeys(attacks))) for text, attacks in found.items()]
 
 
 def _lost(rows: Sequence[AttackRow], models: int) -> list[Lost]:

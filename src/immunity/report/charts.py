@@ -21,6 +21,8 @@ WIDTH: Final = 344
 HEIGHT: Final = 232
 TICK_ROOM: Final = 22
 """Pixels between two labels on the x axis."""
+DECIMAL_ROOM: Final = 30
+"""The same between labels such as "0.02"."""
 VEGA_LITE: Final = "5.20"
 """The version of the language; every vl-convert since 1.7 draws it."""
 
@@ -82,17 +84,21 @@ class Frame(NamedTuple):
         levels: More of them.
         least: 0, or the least budget of an axis of budgets: lines are then steps, because a budget buys what a smaller
             one bought until it buys more, the scale is symmetric-log from there on, and labels are short ("20k").
+        linear_to: Where an axis of small numbers ("0.05") becomes logarithmic; 0 on every other axis.
+        x_min: The beginning of the x axis: 0, or less.
     """
 
     x_title: str
     y_title: str
     x_max: float
     y_max: float
-    ticks: Sequence[int]
+    ticks: Sequence[float]
     says: str
     line_at: float | None = None
     levels: Sequence[float] = ()
     least: float = 0.0
+    linear_to: float = 0.0
+    x_min: float = 0.0
 
 
 def panel(lines: Sequence[Line], frame: Frame) -> Markup:
@@ -181,12 +187,13 @@ def _axes(frame: Frame) -> tuple[Spec, Spec]:
     x: Spec = {"field": "x", "type": "quantitative", "title": frame.x_title}
     y: Spec = {"field": "y", "type": "quantitative", "title": frame.y_title}
     x["axis"] = {"labelFlush": False, "grid": False}
-    x["scale"] = {"domain": [0, frame.x_max], "nice": False}
+    x["scale"] = {"domain": [frame.x_min, frame.x_max], "nice": False}
     if frame.ticks:  # beside "values", a "tickCount" would make Vega drop every other one
-        constant = frame.least or 1
-        x["axis"] |= {"values": _apart(frame.ticks, frame.x_max, constant), "labelOverlap": False}
+        constant = frame.least or frame.linear_to or 1
+        room = DECIMAL_ROOM if frame.linear_to else TICK_ROOM
+        x["axis"] |= {"values": _apart(frame.ticks, frame.x_max, constant, room), "labelOverlap": False}
         x["scale"] |= {"type": "symlog", "constant": constant}
-        x["axis"] |= {"labelExpr": _SHORT} if frame.least else {"format": "d"}
+        x["axis"] |= {"labelExpr": _SHORT} if frame.least else {"format": "~g" if frame.linear_to else "d"}
     else:
         x["axis"]["tickCount"] = 6
     share = frame.y_max == 1
@@ -195,14 +202,15 @@ def _axes(frame: Frame) -> tuple[Spec, Spec]:
     return x, y
 
 
-def _apart(ticks: Sequence[int], end: float, constant: float) -> list[int]:
-    """The ticks whose labels do not touch on a symmetric-log axis; the last one always stays."""
-    place = {tick: WIDTH * math.log1p(tick / constant) / math.log1p(end / constant) for tick in ticks}
+def _apart(ticks: Sequence[float], end: float, constant: float, room: int) -> list[float]:
+    """The ticks whose labels do not touch on a symmetric-log axis; the last one always stays, as do those below 0."""
+    place = {tick: WIDTH * math.log1p(tick / constant) / math.log1p(end / constant) for tick in ticks if tick >= 0}
+    below, ticks = [tick for tick in ticks if tick < 0], list(place)
     kept = [ticks[-1]]
     for tick in reversed(ticks[:-1]):
-        if place[kept[0]] - place[tick] > TICK_ROOM:
+        if place[kept[0]] - place[tick] > room:
             kept.insert(0, tick)
-    return kept
+    return below + kept
 
 
 def _scaled(field: str, looks: Sequence[Any]) -> Spec:

@@ -24,6 +24,7 @@ from immunity.metrics.curves import curves
 from immunity.metrics.trap import by_pair, judge_all
 from immunity.metrics.unscored import holed
 from immunity.metrics.verdict import Thresholds
+from immunity.report import geometry as around
 from immunity.report import show
 from immunity.report.audit import audit
 from immunity.report.audit_words import SEEN
@@ -98,7 +99,7 @@ def _complete(data: dict[str, Any]) -> dict[str, Any]:
         "model": data.get("model") or {},
         "versions": data.get("versions") or {},
         "battery": data["battery"] if isinstance(data.get("battery"), Mapping) else {},
-        **({"audit": data["audit"]} if isinstance(data.get("audit"), Mapping) else {}),
+        **{key: data[key] for key in ("audit", "geometry") if isinstance(data.get(key), Mapping)},
         **whole,
     }
 
@@ -121,13 +122,17 @@ def _context(data: dict[str, Any], limits: Thresholds) -> dict[str, Any]:
     told = {(str(row.get("defence")), str(row.get("attack"))): str(row.get("text")) for row in data["verdicts"]}
     table = verdict_table(read, pairs, style, told)
     few = () if style.many else read
+    shape = around.geometry(data, style)
+    alone = shape is not None and not read and "audit" not in data
     return {
         "data": data,
         "audit": audit(data, style),
         "seen": SEEN,
         "battery": battery(data, style),
         "title": str(data["title"] or "What the attack did to the trap"),
-        "lead": lead(data, read, style),
+        "geometry": shape,
+        "alone": alone,
+        "lead": around.lead(shape) if shape is not None and alone else lead(data, read, style),
         "findings": findings(worst_pairs(pairs), read, style),
         "verdicts": table,
         "n_prompts": prompts(table),
@@ -137,7 +142,7 @@ def _context(data: dict[str, Any], limits: Thresholds) -> dict[str, Any]:
         "samples": groups(read, verdicts, style),
         "numbers": numbers(read, style),
         "costs": costs(data["defences"], style),
-        "caveats": caveats(data, read, style),
+        "caveats": shape.limits if shape is not None and alone else caveats(data, read, style),
         "attack_seeds": sorted({curve.seed for curve in read}),
         "many_seeds": len({curve.seed for curve in read}) > 1,
         "look": style,

@@ -7,6 +7,8 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, cast
 
+from immunity.report.audit_judges import judged
+from immunity.report.audit_overlaps import TITLE, summed
 from immunity.report.audit_words import CONDITIONS, SEEN, VERDICTS, ClaimRow, claim_row, verdict_of
 from immunity.report.clean import cleaned, visible
 from immunity.report.show import duration
@@ -77,6 +79,9 @@ def text(audit: Row) -> str:
     for title, key in (("THIS BUDGET CAN SHOW", "supports"), ("IT CANNOT SHOW", "cannot")):
         if card.get(key):
             lines += ["", _ruled(title), *(line for one in card[key] for line in _wrapped(f"- {_plain(one)}", 2))]
+    shared = list(summed(conditions(card)["generalisation"]))
+    lines += ["", *_wrapped(f"{TITLE}:")] if shared else []
+    lines += [line for one in shared for line in _wrapped(f"- {_plain(one)}", 2)]
     lines += ["", *_wrapped(SEEN)]
     facts = list(_facts(card))
     lines += ["", *(line for fact in facts for line in _wrapped(": ".join(fact), 2))] if facts else []
@@ -109,6 +114,8 @@ def markdown(audit: Row, *, level: int = 2) -> str:
     for title, key in (("What this budget can show:", "supports"), ("What it cannot show:", "cannot")):
         if card.get(key):
             parts.append("\n".join([title, "", *(f"- {_said(one)}" for one in card[key])]))
+    if shared := list(summed(rows["generalisation"])):
+        parts.append("\n".join([f"{TITLE}:", "", *(f"- {_said(one)}" for one in shared)]))
     parts.append(_said(SEEN))
     command = (card.get("provenance") or {}).get("command")
     if command:
@@ -142,6 +149,8 @@ def _facts(card: Row) -> Iterator[tuple[str, str]]:
     """What made it, in pairs."""
     if card.get("domain"):
         yield "restricted stand-in", _plain(card["domain"])
+    for judge in judged(card):
+        yield f"{judge.role or 'a'} judge", f"{_plain(judge.name)}, {_plain(judge.says)} ({_plain(judge.source)})"
     known = card.get("provenance") or {}
     for key, value in known.items():
         if key == "seconds":

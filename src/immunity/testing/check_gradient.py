@@ -31,8 +31,8 @@ from immunity.theta import Theta, Vector
 
 SAME: Final = 1e-6
 """Relative difference allowed between micro-batches and whole ones, in float64: finite differences included."""
-SEVERAL: Final = 4
-"""Steps in which a method that has a state must have come round to all that it reads."""
+SEVERAL: Final = 8
+"""Steps in which a method that has a state must have come round to all that it reads, in turn or by drawing lots."""
 DIFFERENT: Final = 1e-3
 """Relative difference from SFT's gradient below which a method is SFT."""
 
@@ -60,9 +60,9 @@ def survives_a_fault_at_every_call(method: Descending) -> None:
     """Whatever call into the algebra fails, and whatever forward pass: all is as found and the fault comes out."""
     model, name = made(), type(method).__name__
     mark(model)
-    theta, data = at(model), batches(method)
+    theta, data, first = at(model), batches(method), started(method, model)
     with spied(theta) as calls:
-        direction(started(method, model), theta, data)
+        direction(first, theta, data)
     require(bool(calls), f"{name}.gradient never calls its `theta`: no direction can come from elsewhere")
     before = picture(model.network)
     for i, call in enumerate(calls, start=1):
@@ -118,8 +118,8 @@ def reads_what_it_declares(method: Descending) -> None:
     model, data = made(), Watched(batches(method), name)
     theta, along = at(model), started(method, model)
     with spied(theta) as calls:
-        for _ in range(SEVERAL if isinstance(method, StatefulMethod) else 1):  # it may take turns
-            direction(along, theta, data)
+        for step in range(SEVERAL if isinstance(method, StatefulMethod) else 1):
+            direction(along, theta, data, step)
     idle = sorted(set(data) - data.read)
     require(not idle, f"{name} declares the role {', '.join(idle)} but never reads it")
     met = {row.ids for call in calls if call.batch is not None for row in call.batch.rows}

@@ -184,16 +184,16 @@ def batches(method: Method, rows: int = 2) -> dict[str, Batch]:
     return {role: tiny.batch(rows * k, seed=i, role=role) for i, (role, k) in enumerate(method.reads.items())}
 
 
-def direction(along: Direction, theta: Theta, batch: Batches) -> Vector:
-    """A direction under the random numbers of one step of ``fit``; the caller's stay as they are."""
+def direction(along: Direction, theta: Theta, batch: Batches, step: int = 0) -> Vector:
+    """A direction under the random numbers of one step, as in ``fit``; the caller's stay as they are."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(step)
         return along(theta, batch)
 
 
 def corpus(role: str, n: int = 12) -> Corpus:
-    """Made-up, harmless examples; no two roles share one, but that "safe" answers the prompts of "harmful"."""
-    asks = "harmful" if role == "safe" else role
+    """Made-up, harmless examples; no two roles share one, but "heldout" and "safe" answer "harmful" prompts."""
+    asks = "harmful" if role in {"heldout", "safe"} else role
     rows = tuple(Example(f"{asks} {i}?", f"the {role} is {i} and {i * i % 7}") for i in range(n))
     return Corpus(role, rows, f"made-in-code:{role}", "CC0-1.0")
 
