@@ -16,7 +16,9 @@ from immunity.bench import jobs, store
 from immunity.cli import console, immunise, listing, options
 from immunity.methods.ctrap import CTRAP
 
-COMMANDS = ("demo", "list", "immunise", "attack", "lifecycle", "report")
+COMMANDS = (
+    "demo", "list", "immunise", "group", "attack", "audit", "probe", "benchmark", "lifecycle", "report",
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

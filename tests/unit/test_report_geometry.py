@@ -135,6 +135,7 @@ def test_one_model_alone_and_one_draw_alone() -> None:
     seen = text(render(result))
     assert "beside" not in seen.split("Trap geometry")[0]
     assert "(in the one draw)" in seen
+    assert "hardened" not in seen
     assert "Norm of the harmful gradient 10.0" in seen
 
 

@@ -14,7 +14,7 @@ from immunity.bench.ground import LESSONS, stand_ins
 from immunity.bench.tiers import TIERS, Pace, Tier, affordable, tier
 from immunity.data import synthetic
 from immunity.errors import SettingsError
-from immunity.metrics.power import least_delta, mde
+from immunity.metrics.power import closest, least_delta, mde
 
 SMOKE, STANDARD, WHOLE = TIERS.values()
 FAST = Pace(step=0.001, look=0.001)
@@ -76,8 +76,11 @@ class TestWhatItCanShow:
         assert len(said) == (0 if can else 1)
 
     def test_which_equality_is_out_of_reach(self) -> None:
-        (said,) = [line for line in STANDARD.cannot() if "stayed within 2%" in line]
-        assert f"can show {least_delta(96, 1):.0%} at best" in said
+        """What both models are asked in every domain counts together: 162 prompts are needed."""
+        assert not [line for line in STANDARD.cannot() if "stayed within 2%" in line]
+        (said,) = [line for line in replace(STANDARD, domains=1).cannot() if "stayed within 2%" in line]
+        assert f"96 prompts that both models answer alike can show {closest(96):.1%}" in said
+        assert f"{least_delta(96, 1):.1%} if they differ" in said
 
     @pytest.mark.parametrize(("domains", "can"), [(2, False), (3, False), (4, True)])
     def test_how_many_domains_are_others(self, domains: int, can: bool) -> None:

@@ -12,8 +12,8 @@ from typing import Any, Final
 from immunity.bench import pool, squad, store
 from immunity.bench.assault import Assault, check
 from immunity.bench.audited import begin, broke, even, joined, learnt, place, refuse_other
-from immunity.bench.comparison import Comparison
 from immunity.bench.errands import Errand, Errands
+from immunity.bench.geometry import beside
 from immunity.bench.ground import Ground, stand_ins
 from immunity.bench.hardened import hardened
 from immunity.bench.jobs import Job
@@ -127,6 +127,8 @@ class Audit:
             self.data.ask_judges(keep=self.workers == 1)
         begin(self.folder, self._who, self.minutes)
         compared = self._done([comparison], progress, failed)
+        shapes = errands.geometry()
+        looked = self._done(shapes, progress, failed)
         done = self._done(jobs, progress, failed)
         result = self._joined(self._tamper().run(progress), attacks, done, failed)
         conditions = corrected(
@@ -141,7 +143,7 @@ class Audit:
         result = store.same_run(self.folder / store.RESULT, result)
         for row in result["failures"]:
             failed.setdefault(f"attack {row['defence']}: {row['attack']}, seed {row['seed']}", str(row["error"]))
-        result["audit"] = self._card(conditions, result, failed)
+        result["audit"] = {**self._card(conditions, result, failed), "geometry": beside(shapes, looked)}
         store.write(self.folder / store.RESULT, result)
         return store.read(self.folder / store.RESULT)
 
@@ -195,9 +197,7 @@ class Audit:
             shelf=self.shelf,
         )
 
-    def _done(
-        self, jobs: Sequence[Assault | Comparison], progress: Shown, failed: dict[str, str]
-    ) -> dict[str, dict[str, Any]]:
+    def _done(self, jobs: Sequence[Job], progress: Shown, failed: dict[str, str]) -> dict[str, dict[str, Any]]:
         """Title -> record of every job that came to an end; the errors of the others go to ``failed``."""
         assaults = [job for job in jobs if isinstance(job, Assault)]
         crewed: list[Job] = [*squad.grouped(assaults), *[job for job in jobs if not isinstance(job, Assault)]]

@@ -14,6 +14,7 @@ from immunity.attacks.curve import Point, Recorder
 from immunity.attacks.finetune import FineTune
 from immunity.bench.assault import Assault, Broken, whole
 from immunity.bench.comparison import Comparison, Task
+from immunity.bench.geometry import PROBES, Geometry, around
 from immunity.bench.ground import Ground, Lesson, first
 from immunity.bench.tamper import PHI
 from immunity.bench.tiers import Tier
@@ -141,18 +142,33 @@ class Errands:
 
     def comparison(self) -> Comparison:
         """Both models beside each other, before anybody attacks either."""
-        home = self.ground.home.name
-        suite = self.suite(home)
+        suite = self.suite(self.ground.home.name)
+        restricted = (
+            Task(name=f"restricted: {one.name}", corpus=self.suite(one.name).harmful, restricted=True)
+            for one in self.ground.attacked(self.size)
+        )
         others = (replace(task, corpus=first(task.corpus, self.size.prompts)) for task in self.ground.tasks)
         return Comparison(
             name=f"{self.model} with {self.baseline}",
             model=self._opening(self.model),
             baseline=self._opening(self.baseline),
-            tasks=(Task(name=f"restricted: {home}", corpus=suite.harmful, restricted=True), *others),
+            tasks=(*restricted, *others),
             judge=suite.judge,
             word=suite.collapse_word,
             tokens=suite.max_new_tokens,
             folder=self.folder / "stability",
+        )
+
+    def geometry(self) -> list[Geometry]:
+        """The losses around both models: a diagnostic, and no claim."""
+        home = self.ground.home
+        return around(
+            (self.model, self.baseline),
+            self._opening(self.model),
+            home.data,
+            self.suite(home.name),
+            probe=PROBES[self.size.name],
+            folder=self.folder / "geometry",
         )
 
     def attacks(self) -> Iterator[Errand]:

@@ -122,8 +122,9 @@ class Ground:
         return self.domains[: size.domains if self.judge is not None else 1]
 
     def fitted(self, size: Tier) -> Tier:
-        """A size with no more prompts than there are, to say what its numbers can show."""
-        return size if self.made else replace(size, prompts=min(size.prompts, len(self.home.test.harmful)))
+        """A size with no more prompts and domains than there are, to say what its numbers can show."""
+        prompts, domains = min(size.prompts, len(self.home.test.harmful)), min(size.domains, len(self.domains))
+        return size if self.made else replace(size, prompts=prompts, domains=domains)
 
     def supports(self, size: Tier) -> list[str]:
         """What the numbers of a size can show; without a judge, nothing of harm."""

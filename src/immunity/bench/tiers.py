@@ -9,7 +9,7 @@ from typing import Final
 from immunity.errors import SettingsError
 from immunity.metrics.budget import TOLERATED
 from immunity.metrics.equivalence import DELTA
-from immunity.metrics.power import least_delta, mde
+from immunity.metrics.power import closest, least_delta, mde
 from immunity.metrics.stats import wilson
 from immunity.spec import nearest
 
@@ -82,10 +82,11 @@ class Tier:
     def cannot(self) -> list[str]:
         """What its numbers cannot show, whatever comes out."""
         missing = []
-        if (equal := least_delta(self.restricted, 1)) > DELTA:
+        asked = self.restricted * self.domains
+        if (equal := closest(asked)) > DELTA:
             missing.append(
-                f"that a rate stayed within {DELTA:.0%}: {self.restricted} prompts of two models that differ on one "
-                f"answer in twenty can show {equal:.0%} at best"
+                f"that a rate stayed within {DELTA:.0%}: {asked} prompts that both models answer alike can show "
+                f"{equal:.1%}, and {least_delta(asked, 1):.1%} if they differ on one answer in twenty"
             )
         if (least := wilson(0.0, self.restricted).high) > TOLERATED:
             missing.append(

@@ -46,7 +46,7 @@ HELP: Final = lines(
     examples=(
         "immunity probe trap/model --baseline sft/model --out shape",
         "immunity probe trap/model --draws 5 --path-steps 16 --out s2",
-        "immunity probe trap/model --distance 0.1 --distance 0.3 --both-signs --out s3",
+        "immunity probe trap/model --distance 0.3 --both-signs --out s3",
         "immunity probe mine/model --harmful theirs.jsonl --benign task.jsonl \\",
         "    --test-harmful held-out.jsonl --test-general chat.csv --out s4",
     ),

@@ -94,7 +94,7 @@ def geometry(result: Row, look: Look) -> Geometry | None:
     models = [row for row in found.get("models") or () if row.get("summary") and row.get("curves")]
     if not models:
         return None
-    sides = tuple(_side(row, i, look) for i, row in enumerate(models))
+    sides = tuple(_side(row, i, look, alone=len(models) == 1) for i, row in enumerate(models))
     summary = models[0]["summary"]
     known = [name for name in LOSSES if any(name in (row["summary"].get("home") or {}) for row in models)]
     return Geometry(
@@ -123,8 +123,9 @@ def lead(shown: Geometry) -> str:
     )
 
 
-def _side(row: Row, i: int, look: Look) -> Side:
-    name, role = str(row.get("name") or "the model"), str(row.get("role") or "")
+def _side(row: Row, i: int, look: Look, *, alone: bool) -> Side:
+    """A model that stands alone may be any: nobody said that it was hardened."""
+    name, role = str(row.get("name") or "the model"), "" if alone else str(row.get("role") or "")
     colour = look.colours.get(name, 1 if i == 0 else 0)
     said = tuple(findings(row["summary"]))
     return Side(name, ROLES.get(role, role), colour, simulated(row.get("simulates") or ()), said)
