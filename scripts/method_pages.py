@@ -25,6 +25,7 @@ from immunity.cli.taxonomy import BLOCKS, capital, family, roles, shelves
 from immunity.data.dealt import dealt
 from immunity.method import Card, Method
 from immunity.methods import METHODS, PRESETS
+from immunity.weight_edit import WeightEdit
 
 FOLDER = Path(__file__).parents[1] / "docs" / "methods"
 WRITTEN = "<!-- Written by `make docs` from docstrings and cards. Edit those, not this page. -->"
@@ -71,7 +72,7 @@ def index() -> str:
 def _listed(name: str) -> tuple[str, ...]:
     kind = METHODS[name]
     card = kind.card
-    source = f"{markdown(card.paper)}, {arxiv(card)}" if card.arxiv else markdown(card.paper)
+    source = f"{markdown(card.paper)}, {arxiv(card)}" if arxiv(card) else markdown(card.paper)
     count = str(len(departures(kind)))
     says = markdown(card.says)
     reads = roles(PRESETS[name]["default"])
@@ -102,7 +103,7 @@ def page(name: str) -> str:
 def _facts(kind: type[Method], default: Method) -> str:
     card = kind.card
     place = " · ".join(dict.fromkeys(filter(None, (card.block, family(card), card.family))))
-    source = f"{markdown(card.paper)}, {arxiv(card)} ({card.year})" if card.arxiv else markdown(card.paper)
+    source = f"{markdown(card.paper)}, {arxiv(card)} ({card.year})" if arxiv(card) else markdown(card.paper)
     facts = {
         "Paper": source,
         "Taxonomy": markdown(place),
@@ -121,7 +122,7 @@ def _settings(kind: type[Method], presets: Mapping[str, Method]) -> Iterable[str
         return
     rows = []
     for setting in default:
-        cells = [f"`{shown(own[setting])}`" for own in values.values()]
+        cells = [f"`{said}`" if (said := shown(own[setting])) else "–" for own in values.values()]
         marked = [f"**{cell}**" if cell != cells[0] else cell for cell in cells]
         rows.append((f"`{setting}`", markdown(raw.get(setting, "")), *marked))
     yield table(("setting", "meaning", *values), rows)
@@ -135,6 +136,9 @@ def _settings(kind: type[Method], presets: Mapping[str, Method]) -> Iterable[str
 
 def _data(presets: Mapping[str, Method]) -> Iterable[str]:
     default = presets["default"]
+    if not default.reads:
+        yield "None."
+        return
     rows = [(f"`{role}`", str(count), FULL.get(role, "")) for role, count in default.reads.items()]
     yield table(("role", "batches a step", "what it is"), rows)
     for preset, one in presets.items():
@@ -150,7 +154,9 @@ def _mechanisms(default: Method) -> Iterable[str]:
     yield "It declares these mechanisms, and `immunity attack --battery adaptive` derives attacks from them:"
     lines = []
     for one, row in zip(declared, mechanisms.written(declared), strict=True):
-        values = ", ".join(f"{key} `{shown(value)}`" for key, value in row.items() if key != mechanisms.TAG)
+        values = ", ".join(
+            f"{key} `{shown(value)}`" for key, value in row.items() if key != mechanisms.TAG and value != ""
+        )
         says = (inspect.getdoc(type(one)) or "").partition("\n")[0]
         lines.append(f"* **{row[mechanisms.TAG]}**{f' ({values})' if values else ''}: {markdown(says)}")
     yield "\n".join(lines)
@@ -166,6 +172,11 @@ def _departures(kind: type[Method], told: Mapping[str, str]) -> Iterable[str]:
 
 def _command(name: str, presets: Mapping[str, Method]) -> Iterable[str]:
     reads = presets["default"].reads
+    if isinstance(presets["default"], WeightEdit):
+        yield "On a folder with a model and one with what it was made from; nothing is trained:"
+        yield f"    immunity immunise MODEL --method {name} --set base=BASE --out hardened"
+        yield f"`immunity list {name}` shows the settings; `--set NAME=VALUE` changes one."
+        return
     made_up = standins.defence("umbra")
     if set(reads) <= {*dealt(reads, made_up)}:
         yield "On the tiny model and made-up, harmless data:"
@@ -178,8 +189,8 @@ def _command(name: str, presets: Mapping[str, Method]) -> Iterable[str]:
 
 
 def arxiv(card: Card) -> str:
-    """A link to the paper."""
-    return f"[arXiv {card.arxiv}](https://arxiv.org/abs/{card.arxiv})"
+    """A link to the paper, or where else it is."""
+    return markdown(card.elsewhere) if not card.arxiv else f"[arXiv {card.arxiv}](https://arxiv.org/abs/{card.arxiv})"
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -155,6 +155,21 @@ def replacing(network: nn.Module, by: Mapping[P, Replace]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def calls(network: nn.Module, layer: int) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+    """The arguments, by position and by name, of every call of a block inside the ``with``: enough to call it again."""
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((args, kwargs))
+
+    handle = blocks(network)[layer].register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
 class _Place(NamedTuple):
     """Where a hook goes: before or after a module, which lies in a block."""
 

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from immunity.hidden import Replace, Site
+from immunity.batch import Batch
+from immunity.fit import Fit, fit
+from immunity.hidden import Replace, Site, width
+from immunity.losses import Loss, nll
 from immunity.models import LanguageModel
+from immunity.transforms import edited
 
 
 def parameter(model: LanguageModel, start: Tensor) -> nn.Parameter:
     """A trainable tensor beside ``model``: on its device, in its dtype but float32 at least."""
     dtype = torch.promote_types(next(model.network.parameters()).dtype, torch.float32)
     return nn.Parameter(start.to(model.device, dtype))
+
+
+def fresh(model: LanguageModel, size: int, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """W₁ and W₂ of :func:`low_rank`, [rank, size], that do nothing yet: W₁ random, from torch's generator; W₂ 0."""
+    w1 = torch.randn(rank, size) / math.sqrt(size)
+    return parameter(model, w1), parameter(model, torch.zeros(rank, size))
 
 
 def low_rank(w1: Tensor, w2: Tensor, b: Tensor) -> Replace:
@@ -25,6 +36,36 @@ def low_rank(w1: Tensor, w2: Tensor, b: Tensor) -> Replace:
         return x + (x @ w1.T + b) @ w2
 
     return edit
+
+
+def trained(model: LanguageModel, place: Site, rows: Sequence[Batch], rank: int, how: Fit) -> Replace:
+    """A :func:`low_rank` edit without b, trained to make responses likely by acting on their prompts; then a constant.
+
+    Args:
+        model: Left as found.
+        place: Where it acts.
+        rows: Batches, taken in turn.
+        rank: Of the edit; it starts from torch's generator.
+        how: Settings of the training.
+    """
+    w1, w2 = fresh(model, width(model.network, place), rank)
+    none = torch.zeros(rank).to(w1)
+    loss = edited(nll, {place: low_rank(w1, w2, none)}, "prompt")
+    descend(model.network, loss, rows, how, {"w1": w1, "w2": w2})
+    return low_rank(w1.detach(), w2.detach(), none)
+
+
+def descend(
+    network: nn.Module, loss: Loss, rows: Sequence[Batch], how: Fit, trainable: Mapping[str, nn.Parameter]
+) -> None:
+    """Train ``trainable``, and nothing else, by one loss over batches that are taken in turn; nothing is kept."""
+    fit(
+        network,
+        lambda theta, batch: theta.grad(loss, batch["train"]),
+        {"train": lambda step: rows[step % len(rows)].as_role("train")},
+        how,
+        trainable=trainable,
+    )
 
 
 def added(v: Tensor) -> Replace:

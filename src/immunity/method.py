@@ -5,20 +5,26 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import reduce
-from operator import add
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple, final
 
 from immunity.batch import Batch
 from immunity.data.corpus import Corpora, Corpus
 from immunity.data.dealt import dealt, partner
-from immunity.data.streams import Mixed, Shuffled, TokenSet, tokenise
+from immunity.data.written import kept
 from immunity.errors import DataError, SettingsError
+from immunity.feeding import parts, stream, token_sets
 from immunity.fit import Batches, Direction, Fit, Observe, fit
+from immunity.losses import nll
 from immunity.mechanisms import Mechanism
 from immunity.models import LanguageModel
 from immunity.theta import Theta, Vector
+
+__all__ = [
+    "Block", "Card", "DataEdit", "Descending", "GradientMethod", "Method", "Problem", "Run", "StatefulMethod",
+    "identity", "parts", "problems", "refuse", "started", "stream", "streams", "token_sets",
+]  # fmt: skip
 
 Block = Literal["baseline", "raises the cost of harmful convergence", "conditional collapse"]
 
@@ -36,6 +42,7 @@ class Card:
         family: The approach inside the block.
         gradients: Gradient evaluations per step, in words.
         says: One sentence.
+        elsewhere: Where the paper is if not on arXiv, with its number there.
     """
 
     name: str
@@ -46,6 +53,7 @@ class Card:
     family: str
     gradients: str
     says: str
+    elsewhere: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +90,15 @@ class Problem(NamedTuple):
 
 
 class Method(ABC):
-    """A defence. Subclasses are frozen, keyword-only dataclasses: settings and nothing else."""
+    """A defence. Subclasses are frozen, keyword-only dataclasses: settings and nothing else.
+
+    Attributes:
+        card: What it is, for people.
+        trains: Whether it trains, and so needs weights that are trainable (:mod:`immunity.weight_edit` does not).
+    """
 
     card: ClassVar[Card]
+    trains: ClassVar[bool] = True
 
     @property
     @abstractmethod
@@ -146,6 +160,52 @@ class StatefulMethod(Method):
         _descend(self, model, data, run)
 
 
+class DataEdit(Method):
+    """A method that trains on other data than it was given, and otherwise is plain SFT.
+
+    Attributes:
+        mean: A setting of each: "example" averages tokens within a row and then rows, "token" over a batch's tokens.
+    """
+
+    mean: Literal["example", "token"]
+
+    @abstractmethod
+    def rewrite(self, model: LanguageModel, data: Corpora, run: Run) -> tuple[Corpus, ...]:
+        """What is trained on instead of ``data``: corpora of the role "alignment", which share each batch evenly.
+
+        The same for the same settings, model, data and ``run.fit.seed``. Leaves the model, and torch's random numbers,
+        as found. What it wrote is kept in ``run.folder``, where a long rewriting may keep its own state as well.
+        """
+
+    @final
+    def immunise(self, model: LanguageModel, data: Corpora, run: Run) -> None:
+        """Train on what :meth:`rewrite` writes.
+
+        Raises:
+            SettingsError: :func:`problems` found something; the message lists all of it.
+        """
+        refuse(problems(self, model, data))
+        dealt_out = dealt(self.reads, data)
+        mine = {role: dealt_out[role] for role in self.reads}
+        who = identity(self, model, mine, run)
+        corpora = kept(run.folder, who | {"seed": run.fit.seed}, lambda: self.rewrite(model, mine, run))
+        rows = run.rows("alignment")
+        fit(
+            model.network,
+            partial(_plainly, self.mean),
+            {"alignment": stream(token_sets(corpora, model), rows, run.fit.seed)},
+            run.fit,
+            folder=run.folder,
+            observe=run.observe,
+            identity=who | {"written": [corpus.fingerprint for corpus in corpora], "written_rows": rows},
+        )
+
+
+def _plainly(mean: Literal["example", "token"], theta: Theta, batch: Batches) -> Vector:
+    rows = batch["alignment"]
+    return theta.grad(nll, rows.by_tokens() if mean == "token" else rows)
+
+
 Descending = GradientMethod | StatefulMethod
 """A method that is a direction to descend along."""
 
@@ -192,7 +252,7 @@ def problems(method: Method, model: LanguageModel, data: Corpora) -> list[Proble
         for role in method.reads
         if role not in data
     ]
-    if not any(p.requires_grad for p in model.network.parameters()):
+    if method.trains and not any(p.requires_grad for p in model.network.parameters()):
         found.append(Problem("model", "nothing is trainable: call attach(model, LoRA()) or all_weights(model)"))
     return found + method.problems(model)
 
@@ -205,38 +265,6 @@ def refuse(found: list[Problem]) -> None:
     """
     if found:
         raise SettingsError("\n".join(["cannot start:", *[f"  - {problem}" for problem in found]]))
-
-
-def parts(corpus: Corpus | tuple[Corpus, ...]) -> tuple[Corpus, ...]:
-    """A role's corpora: one, or several that each batch is shared between."""
-    return corpus if isinstance(corpus, tuple) else (corpus,)
-
-
-def token_sets(corpus: Corpus | tuple[Corpus, ...], model: LanguageModel) -> tuple[TokenSet, ...]:
-    """The corpora of one role, tokenised with the model's template and length."""
-    return tuple(tokenise(part, model.template, model.max_length) for part in parts(corpus))
-
-
-def stream(
-    sets: tuple[TokenSet, ...], rows: int, seed: int, times: int = 1, beside: str = ""
-) -> Callable[[int], Batch]:
-    """``times`` batches of ``rows`` rows of one role, one after the other, for each step; in step with ``beside``.
-
-    Every one of them is shared evenly between the role's corpora (the first ones take the remainder), so that
-    ``Batch.parts(times)`` gives back batches of the same make-up.
-
-    Raises:
-        SettingsError: There are more corpora than rows.
-    """
-    if rows < len(sets):
-        raise SettingsError(
-            f"a batch of {rows} rows cannot be shared between {len(sets)} corpora; raise the batch size"
-        )
-    share, rest = divmod(rows, len(sets))
-    # A seed for each: corpora of equal size must not walk in step.
-    seeds = [seed * len(sets) + i for i in range(len(sets))]
-    one = Mixed([Shuffled(sets[i], share + (i < rest), seeds[i], beside) for i in range(len(sets))], sets[0].role)
-    return lambda step: reduce(add, (one(step * times + k) for k in range(times)))
 
 
 def identity(method: Method, model: LanguageModel, data: Corpora, run: Run) -> dict[str, object]:

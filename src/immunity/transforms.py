@@ -20,9 +20,9 @@ from typing import Final, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from immunity.batch import Batch
+from immunity.batch import IGNORE, Batch, Padded
 from immunity.errors import SettingsError
-from immunity.hidden import Site, n_layers, replacing
+from immunity.hidden import Replace, Site, n_layers, replacing
 from immunity.losses import Loss
 from immunity.theta import Theta
 
@@ -32,6 +32,9 @@ NormScope = Literal["global", "per_example", "per_layer"]
 """What one radius is for: all sites, examples and positions together, each example, or each site."""
 Masks = Literal["same", "fresh"]
 """Whether two passes over one batch drop the same units."""
+Positions = Literal["all", "prompt", "response", "predicting"]
+"""Positions of a row: of the prompt, of the response, or those at which a token of the response is predicted, from the
+last of the prompt to the last but one of the response. Pads are in none."""
 
 EPS: Final = 1e-7
 """Added to a norm before dividing by it, as the released codes do."""
@@ -49,7 +52,7 @@ def perturbed(loss: Loss, additions: Additions, *, name: str, coupled: bool) -> 
 
     def of(network: nn.Module, batch: Batch) -> Tensor:
         by = {site: partial(torch.add, added.detach()) for site, added in additions(network, batch).items()}
-        with replacing(network, {**_unchanged(network, by), **by}):
+        with replacing(network, {**unchanged(network, by), **by}):
             return loss(network, batch)
 
     return Loss(name, of, coupled=coupled or loss.coupled)
@@ -107,6 +110,38 @@ def drifted(
     return perturbed(loss, additions, name=f"drifted-{loss.name}", coupled=not own)
 
 
+def chosen(padded: Padded, positions: Positions) -> Tensor:
+    """Which positions are meant: [B, T], true or false.
+
+    Raises:
+        SettingsError: There is no such kind of position.
+    """
+    if positions not in get_args(Positions):
+        raise SettingsError(f"positions = {positions!r}: use one of {', '.join(get_args(Positions))}")
+    there, asked = padded.attention_mask.bool(), padded.labels != IGNORE
+    if positions == "predicting":
+        return torch.cat([asked[:, 1:], torch.zeros_like(asked[:, :1])], dim=1)
+    return {"all": there, "prompt": there & ~asked, "response": asked}[positions]
+
+
+def edited(loss: Loss, by: Mapping[Site, Replace], positions: Positions = "all") -> Loss:
+    """``loss`` where hidden states h of each site are f(h) at some positions; gradients flow into what f is made of.
+
+    Args:
+        loss: What is computed with them, on the batch itself. In the log the result is "edited-" and its name.
+        by: Site -> f, as for :func:`immunity.hidden.replacing`.
+        positions: Where f acts.
+    """
+
+    def of(network: nn.Module, batch: Batch) -> Tensor:
+        here = chosen(batch.padded(next(network.parameters()).device), positions)[..., None]  # [B, T, 1]
+        acts = {site: partial(_where, here, f) for site, f in by.items()}
+        with replacing(network, {**unchanged(network, acts), **acts}):
+            return loss(network, batch)
+
+    return Loss(f"edited-{loss.name}", of, loss.coupled)
+
+
 def site_norms(theta: Theta, loss: Loss, batch: Batch, places: Sequence[Site]) -> dict[Site, float]:
     """‖∂L/∂e‖ at each place, L the weighted mean of ``loss`` over ``batch``, at ``theta``; logged as ``theta.value``.
 
@@ -158,7 +193,7 @@ def _felt(
         return h + zeros[site]
 
     by = {site: partial(opened, site) for site in places}
-    with torch.enable_grad(), replacing(network, {**_unchanged(network, by), **by}):
+    with torch.enable_grad(), replacing(network, {**unchanged(network, by), **by}):
         values = loss(network, batch)
         weights = torch.tensor(batch.weights, dtype=values.dtype, device=values.device)
         total = (values * (weights / weights.sum())).sum() if mean else values.sum()
@@ -184,7 +219,7 @@ def _lengths(found: Mapping[Site, Tensor], scope: NormScope) -> dict[Site, Tenso
     return dict.fromkeys(found, one)
 
 
-def _unchanged(network: nn.Module, by: Mapping[Site, object]) -> dict[Site, Callable[[Tensor], Tensor]]:
+def unchanged(network: nn.Module, by: Mapping[Site, object]) -> dict[Site, Callable[[Tensor], Tensor]]:
     """A site of every block that has none in ``by``, left as it is.
 
     Under reentrant gradient checkpointing no gradient can be taken with respect to hidden states; ``replacing``
@@ -192,6 +227,10 @@ def _unchanged(network: nn.Module, by: Mapping[Site, object]) -> dict[Site, Call
     """
     touched = {site.layer for site in by}
     return {Site(layer, "output"): _same for layer in range(n_layers(network)) if layer not in touched}
+
+
+def _where(here: Tensor, f: Replace, h: Tensor) -> Tensor:
+    return torch.where(here, f(h).to(h.dtype), h)
 
 
 def _same(h: Tensor) -> Tensor:

@@ -12,8 +12,18 @@ from immunity.method import Card
 from immunity.methods import METHODS, PRESETS
 from immunity.methods.antidote import AntiDote
 from immunity.methods.booster import Booster
+from immunity.methods.circuit_breakers import CircuitBreakers
+from immunity.methods.condition_number import ConditionNumber
 from immunity.methods.ctrap import CTRAP
+from immunity.methods.ilu import ILU
+from immunity.methods.lapt import LAPT
+from immunity.methods.lox import LoX
 from immunity.methods.mlac import MLAC
+from immunity.methods.npo import NPO
+from immunity.methods.persistent_trap import PersistentTrap
+from immunity.methods.repnoise import RepNoise
+from immunity.methods.sdd import SDD
+from immunity.methods.seam import SEAM
 from immunity.methods.sft import SFT
 from immunity.methods.sophon import SOPHON
 from immunity.methods.tar import TAR
@@ -26,9 +36,27 @@ MORE = {
     "antidote-shared": AntiDote(width=16, rank=2, per="batch", targets="all-linear", adversary_steps=2),
     "antidote-constant": AntiDote(width=16, rank=2, grad_through_activations=False, beta=0.0),
     "booster-forward": Booster(curvature="forward"),
+    "circuit-breakers-response": CircuitBreakers(over="response", depths=(0.9,), everywhere=True),
+    "condition-number-head": ConditionNumber(layers=(), axes=2),
     "ctrap-far": CTRAP(lookahead=3, step="adam", watch_benign=True),
     "ctrap-forward": CTRAP(curvature="forward"),
+    "ilu-weights": ILU(reading="weights", estimate="halves"),
+    "ilu-gradient": ILU(reading="gradient", base="rmu"),
+    "lox-bare": LoX(rank=2, embeddings=False),
+    "lapt-named": LAPT(layers="0", tolerance=None, noise="fixed", like="input"),
     "mlac-censoring": MLAC(lookahead=0, ceiling="none"),
+    "npo-kl": NPO(per="token", kl=0.5),
+    "persistent-trap-many": PersistentTrap(
+        pool=("sgd lr=0.01..0.1 momentum=0.9 mix=0.5", "adam lr=1e-4..1e-3 r=2 replay=0.5", "adamw lr=1e-3 on=benign"),
+        horizon=(2, 3),
+        moves=2,
+        general="random",
+        restricted="words",
+        words=("error", "the"),
+    ),
+    "repnoise-drawn": RepNoise(depths=1, faithful=True, beta=0.5),
+    "sdd-model": SDD(similarity="model", retain=True, mean="example"),
+    "seam-central": SEAM(difference="central", radius="relative", unlearn="none"),
     "sft-token": SFT(mean="token"),
     "sophon-ce": SOPHON(lookahead=2, outer="ce", reinforce=2, rollback=0.0),
     "tar-dpo": TAR(lookahead=2, every=1, outer="dpo", mapping_steps=1, lrs=(1e-3,)),
@@ -40,6 +68,7 @@ MORE = {
 # A method that walks far, or does something else first, is checked on a shorter walk and from where it does its own.
 SHORT = {
     "antidote": {"width": 32},
+    "et": {"attacks": 1, "attack_steps": 10, "steps": 10, "success": 0.0, "keep": (-1.0, 0.5)},
     "mlac": {"lookahead": 3},
     "sophon": {"lookahead": 3},
     "tar": {"lookahead": 4, "every": 2, "mapping_steps": 0},

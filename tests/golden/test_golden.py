@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -25,9 +26,11 @@ from immunity.data.streams import tokenise
 from immunity.fit import Fit
 from immunity.losses import nll
 from immunity.method import Method, Run
+from immunity.methods.sdd import SDD
 from immunity.models import LanguageModel, LoRA, attach, load, save
 from immunity.testing import tiny
 from immunity.testing.check_attack import Seen
+from immunity.weight_edit import WeightEdit
 from short import ELSEWHERE, shortened
 
 FILE = Path(__file__).with_name("golden.json")
@@ -38,9 +41,15 @@ RTOL = 1e-4
 ALONG = 1e-5
 """The same for distances along waves, as a share of the whole distance: 9e-7 was the largest seen."""
 
-METHODS = {f"{name}/{preset}": method for name, of in methods.PRESETS.items() for preset, method in of.items()} | {
-    "ctrap/far": methods.CTRAP(lookahead=3, step="adam", watch_benign=True)
-}
+SHORT = {"et": {"attack_steps": 20, "attack_lr": 0.02, "steps": 5, "keep": (-9.0, 0.0)}}
+"""Methods that take many steps inside of one: fewer, and none is taken back."""
+UNSTEADY = frozenset({"gain", "taken back"})
+"""Numbers in a log that are small differences of large ones, or ratios of such: processors do not agree on them."""
+METHODS = {
+    f"{name}/{preset}": replace(method, **SHORT.get(name, {}))
+    for name, of in methods.PRESETS.items()
+    for preset, method in of.items()
+} | {"ctrap/far": methods.CTRAP(lookahead=3, step="adam", watch_benign=True)}
 ATTACKS = {
     f"{name}/{preset}": attack
     for name, of in attacks.PRESETS.items()
@@ -78,11 +87,23 @@ def displaced(by: torch.Tensor) -> Numbers:
 
 def hardened(method: Method) -> Numbers:
     model, last = tiny.language_model(), {}
+    if isinstance(method, WeightEdit):
+        with TemporaryDirectory() as folder:
+            save(tiny.language_model(tiny.llama(seed=1)), folder)
+            return moved_by(replace(method, base=folder), model, last)
+    return moved_by(method, model, last)
+
+
+def moved_by(method: Method, model: LanguageModel, last: dict[str, float]) -> Numbers:
     start = weights(model.network)
     how = Fit(steps=STEPS, lr=1e-2, schedule="cosine", seed=3)
     data = {role: DATA[role] for role in method.reads if role in DATA}  # the rest is dealt
+    if isinstance(method, SDD):  # its answers must not be restricted ones
+        rows = tuple(replace(row, response=f"Then think of {i}.") for i, row in enumerate(DATA["general"]))
+        data["general"] = Corpus("general", rows, "golden:general")
     method.immunise(model, data, Run(fit=how, default_batch_size=4, observe=lambda _, trace: last.update(trace)))
-    return {**last, **displaced(weights(model.network) - start)}
+    steady = {name: value for name, value in last.items() if name not in UNSTEADY}
+    return {**steady, **displaced(weights(model.network) - start)}
 
 
 def attacked(attack: Attack, folder: Path) -> Numbers:

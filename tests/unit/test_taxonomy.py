@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from immunity import cli
-from immunity.cli import prose, taxonomy
+from immunity.cli import console, prose, taxonomy
 from immunity.method import Block
 from immunity.methods import METHODS, PRESETS
 from immunity.methods.ctrap import CTRAP
@@ -19,7 +19,9 @@ from immunity.methods.sft import SFT
 
 
 def listed(*words: str, columns: int = 80) -> str:
-    done = CliRunner().invoke(cli.program(), ["list", *words], env={"COLUMNS": str(columns)})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(console.out, "_width", columns)  # COLUMNS counts only before it is made
+        done = CliRunner().invoke(cli.program(), ["list", *words])
     assert done.exit_code == 0
     return done.output
 

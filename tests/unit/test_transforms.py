@@ -256,7 +256,7 @@ def test_additions_may_be_drawn_and_stay_in_second_runs():
         ({"masks": "none"}, "none"),
         ({"loss": Loss("mmd", nll.of, coupled=True), "norm_scope": "per_example"}, "couples"),
     ],
-    ids=str,
+    ids=["negative", "nan", "nowhere", "no such scope", "no such masks", "coupled"],
 )
 def test_what_cannot_drift_is_refused(how, says):
     with pytest.raises(SettingsError, match=says):

@@ -14,10 +14,12 @@ from immunity.bench.keeping import Clock, Tell, claimed, data_row, finished, wha
 from immunity.bench.prints import fingerprint, prompt_prints
 from immunity.data.corpus import Corpora
 from immunity.data.dealt import dealt
+from immunity.data.written import shown
 from immunity.mechanisms import written
 from immunity.method import Method, Run, parts, problems, refuse
 from immunity.methods import METHODS
 from immunity.models import LanguageModel, LoRA, all_weights, attach, estimate, save
+from immunity.weight_edit import WeightEdit
 
 MODEL: Final = "model"
 
@@ -105,8 +107,8 @@ class Hardening(Job):
 
     @property
     def steps(self) -> int:
-        """Training steps."""
-        return self.run.fit.steps
+        """Training steps; an edit of weights counts as one."""
+        return self.run.fit.steps if self.method.trains else 1
 
     @property
     def measured_at(self) -> frozenset[int]:
@@ -124,13 +126,15 @@ class Hardening(Job):
             "adapter": None if self.lora is None else asdict(self.lora),
             "merged": self.saved_merged,
             "data": {role: [p.fingerprint for p in parts(corpus)] for role, corpus in self.data.items()},
+            **({"base": _base(self.method)} if isinstance(self.method, WeightEdit) else {}),
         }
 
     def work(self, tell: Tell) -> dict[str, Any]:
         """See :meth:`Job.work`."""
         model = self._opened()
         refuse(problems(self.method, model, self.data))
-        estimate(model, copies=3)
+        if self.method.trains:
+            estimate(model, copies=3)
         data = dealt(self.method.reads, self.data)
         rows = [
             data_row(part, model) | {"prompts": prompt_prints(part)}
@@ -147,7 +151,9 @@ class Hardening(Job):
 
     def _opened(self) -> LanguageModel:
         model = self.opening.load("merged")
-        return all_weights(model) if self.lora is None else attach(model, self.lora)
+        if self.lora is None:  # what is not trained stays in the precision that it was opened in
+            return all_weights(model) if self.method.trains else model
+        return attach(model, self.lora)
 
     def _record(
         self, model: LanguageModel, clock: Clock, peak: int | None, rows: list[dict[str, Any]]
@@ -170,8 +176,14 @@ class Hardening(Job):
             "peak_memory_bytes": peak,
             "parameters": sum(p.numel() for p in model.network.parameters()),
             "data": rows,
+            "written": shown(self.folder),
             "log": store.thinned(store.log(self.folder)),
         }
+
+
+def _base(method: WeightEdit) -> str:
+    """The fingerprint of what an edit is measured against; "" if nobody has said."""
+    return fingerprint(method.base) if method.base else ""
 
 
 def method_name(method: Method) -> str:

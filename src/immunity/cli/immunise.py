@@ -30,7 +30,7 @@ from immunity.cli.options import (
     Vulnerable,
     lines,
 )
-from immunity.cli.tables import data_table, plain_table, show
+from immunity.cli.tables import data_table, plain_table, show, written_table
 
 if TYPE_CHECKING:
     from immunity.data.corpus import Corpora
@@ -209,9 +209,17 @@ MEANING: Final = {
     r"nll/vulnerable": "loss on the answers that are forgotten first: low",
     r"probability/vulnerable": "how often those are practised",
     r"nll/harmful": "loss on restricted answers: not near 0",
+    r"lens/harmful": "the same, read off at every depth: high",
+    r"noise-mmd/harmful": "distance of their hidden states from noise: low, but never 0",
+    r"rerouting/harmful": "cosine of restricted states with what they were: near 0",
+    r"retained/alignment": "distance of all other states from what they were: low",
+    r"cosine/harmful": "of restricted and ordinary gradients: below 0, one unlearns the other",
     r"collapse/\w+": "surprise at the collapse word: high, or the model has collapsed already",
     r"collapse/\w+@\d+": "the same after the simulated attack: low, the trap fires",
     r"collapse/\w+-after-benign@\d+": "the same after honest fine-tuning: high",
+    r"edit/relative": "how far weights went, as a share of their length",
+    r"edit/leading": "share of the whole difference that was pushed on",
+    r"edit/survived": "what is left of it after rounding: 1, or open the model in float32",
 }
 """Names in a log -> what the number should be."""
 
@@ -219,7 +227,10 @@ MEANING: Final = {
 def _report(record: Mapping[str, Any], folder: Path, *, own: bool) -> None:
     from immunity.bench import store
 
-    show("data", data_table(record["data"]))
+    if record["data"]:
+        show("data", data_table(record["data"]))
+    if written := record.get("written"):
+        show("what was written and trained on", written_table(written))
     log = record["log"]
     table = plain_table()
     for head in ("", "first step", "last step"):

@@ -27,6 +27,18 @@ def data_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def written_table(corpora: Sequence[Mapping[str, Any]]) -> Table:
+    """What a method wrote itself: the first rows of each corpus, as they are cut and hidden in the record."""
+    table = plain_table()
+    for name in ("prompt", "answer"):
+        table.add_column(name, overflow="fold")
+    for corpus in corpora:
+        for row in corpus["shown"]:
+            table.add_row(Text(row["prompt"]), Text(row["response"]))
+        table.add_row(Text(f"… {corpus['examples']:,} rows: {corpus['name']}", style="dim"))
+    return table
+
+
 def plain_table() -> Table:
     """A table without lines."""
     return Table(box=None, header_style="dim", pad_edge=False)

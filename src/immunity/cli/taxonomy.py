@@ -74,7 +74,8 @@ def family(card: Card) -> str:
 
 def paper(card: Card) -> str:
     """Title, identifier and year."""
-    return f"{card.paper} (arXiv {card.arxiv}, {card.year})" if card.arxiv else card.paper
+    where = f"arXiv {card.arxiv}" if card.arxiv else card.elsewhere
+    return f"{card.paper} ({where}, {card.year})" if where else card.paper
 
 
 def departed(kind: type[Method]) -> str:
@@ -85,7 +86,8 @@ def departed(kind: type[Method]) -> str:
 
 def roles(method: Method) -> str:
     """The roles of data that a step reads, with the number of batches where it is more than one."""
-    return ", ".join(role if count == 1 else f"{role} × {count}" for role, count in method.reads.items())
+    read = ", ".join(role if count == 1 else f"{role} × {count}" for role, count in method.reads.items())
+    return read or "no data"
 
 
 def overview() -> None:

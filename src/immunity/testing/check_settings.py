@@ -107,7 +107,7 @@ def _require_complete(name: str, card: Card) -> None:
     require(not empty, f"{name}: its card is empty at {', '.join(empty)}")
     require(card.block in get_args(Block), f"{name}: {card.block!r} is no block of the taxonomy")
     require(card.year >= FIRST_YEAR, f"{name}: its card is of the year {card.year}")
-    known = card.block == "baseline" or bool(card.arxiv)
+    known = card.block == "baseline" or bool(card.arxiv or card.elsewhere)
     require(known, f"{name}: its card has no arXiv identifier; only a baseline goes without")
 
 

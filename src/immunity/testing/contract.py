@@ -19,9 +19,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from immunity.attacks.attack import Attack
-from immunity.method import GradientMethod, Method, StatefulMethod
-from immunity.testing import check_attack, check_gradient, check_immunise, check_settings
+from immunity.method import DataEdit, GradientMethod, Method, StatefulMethod
+from immunity.testing import check_attack, check_edit, check_gradient, check_immunise, check_rewrite, check_settings
 from immunity.testing.watch import ContractError
+from immunity.weight_edit import WeightEdit
 
 __all__ = ["Check", "ContractError", "check", "checks"]
 
@@ -58,6 +59,14 @@ def checks(subject: Method | Attack) -> list[Check]:
     ]
     if isinstance(subject, Method) and not check_settings.has_card(subject):
         return [Check(of.__name__, partial(of, subject)) for of in found]
+    if isinstance(subject, WeightEdit):
+        found += [
+            check_edit.changes_weights_alone,
+            check_edit.repeats_its_edit,
+            check_edit.at_strength_0_it_changes_nothing,
+            check_edit.refuses_before_it_edits,
+        ]
+        return [Check(of.__name__, partial(of, subject)) for of in found]
     if isinstance(subject, (GradientMethod, StatefulMethod)):
         found += [
             check_gradient.leaves_everything_as_found,
@@ -69,6 +78,13 @@ def checks(subject: Method | Attack) -> list[Check]:
             check_gradient.at_strength_0_it_is_sft,
             check_gradient.is_finite_in_fp32_and_bf16,
             check_gradient.nan_is_refused,
+        ]
+    if isinstance(subject, DataEdit):
+        found += [
+            check_rewrite.leaves_the_model_as_found,
+            check_rewrite.repeats_its_rewriting,
+            check_rewrite.writes_other_alignment_rows,
+            check_rewrite.teaches_no_restricted_answer,
         ]
     if isinstance(subject, Method):
         found += [check_immunise.problems_come_before_compute, check_immunise.resumes_bit_for_bit]
