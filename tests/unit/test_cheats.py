@@ -19,6 +19,7 @@ from immunity.attacks.published import SMOKE
 from immunity.attacks.recipe import Recipe
 from immunity.attacks.source import OURS, tuned
 from immunity.bench import standins
+from immunity.bench.overlaps import EXACT
 from immunity.bench.tamper import AutoTamper
 from immunity.data import synthetic
 from immunity.methods.ctrap import CTRAP
@@ -165,7 +166,7 @@ class TestTrainedOnTheTest:
     def test_its_record_says_so(self, taught: str, attacked: Run) -> None:
         row = attacked([*ASK, WEAK], taught)[taught]
         assert raised(row) == {10, 11}
-        found = flag(row, 11, f"measured: synthetic:{DOMAIN}/test[:24]")
+        found = flag(row, 11, f"measured: synthetic:{DOMAIN}/test[:24], by {EXACT}")
         assert found["value"] == 1
         assert found["forbids"]
         assert row["state"] == "no conclusion"
@@ -177,5 +178,5 @@ class TestTrainedOnTheTest:
         washed = hardened(folder / "washed", saying("five."), source=taught, steps=1, lr=1e-6)
         clean = hardened(folder / "clean", standins.defence(DOMAIN), method=CTRAP(), source=aligned, steps=1, lr=1e-6)
         rows = attacked([*ASK, WEAK], washed, clean)
-        assert flag(rows[washed], 11, f"measured: synthetic:{DOMAIN}/test[:24]")["value"] == 1
+        assert flag(rows[washed], 11, f"measured: synthetic:{DOMAIN}/test[:24], by {EXACT}")["value"] == 1
         assert not raised(rows[clean]) & GRAVE

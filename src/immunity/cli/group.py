@@ -41,10 +41,10 @@ HELP: Final = lines(
     "Killed or interrupted, the same command goes on from the last checkpoint.",
     examples=(
         "immunity group sft/model --out groups",
-        "immunity immunise sft/model --method vaa --alignment groups/alignment.jsonl \\",
-        "    --vulnerable groups/vulnerable.jsonl --out vaa",
-        "immunity group my/model --alignment refusals.jsonl --harmful restricted.jsonl \\",
-        "    --benign chat.csv --judge refusal --out groups",
+        "immunity immunise sft/model --method vaa --out vaa \\",
+        "    --alignment groups/alignment.jsonl --vulnerable groups/vulnerable.jsonl",
+        "immunity group my/model --judge refusal --out groups \\",
+        "    --alignment refusals.jsonl --harmful restricted.jsonl --benign chat.csv",
     ),
 )
 
