@@ -8,33 +8,19 @@ import pytest
 import torch
 from torch import nn
 
-from immunity.batch import IGNORE, Batch, Tokens
+from immunity.batch import Batch
 from immunity.errors import ModelError, SettingsError
 from immunity.fit import Fit, fit
 from immunity.hypernetwork import preferred_under
 from immunity.losses import nll
 from immunity.mechanisms import LookAhead
-from immunity.methods.antidote import AntiDote
 from immunity.models import LoRA, attach
 from immunity.patches import patched
 from immunity.reference import kl
 from immunity.testing import tiny
 from immunity.testing.watch import InjectedError, bits, picture, require_same
 from immunity.theta import Theta
-
-METHOD = AntiDote(rank=2, width=8, rho=0.2, adversary_lr=1e-2)
-
-
-def paired(role: str, seed: int, n: int = 6) -> Batch:
-    rows = []
-    for ask, said in zip(tiny.batch(n, seed=7).rows, tiny.batch(n, seed=seed).rows, strict=True):
-        prompt, answer = ask.ids[: 2 + len(ask.ids) // 2], said.ids[: 1 + len(said.ids) // 2]
-        rows.append(Tokens((*prompt, *answer), (IGNORE,) * len(prompt) + answer))
-    return Batch(tuple(rows), role)
-
-
-HARMFUL, SAFE = paired("harmful", 1), paired("safe", 2)
-DATA = {"alignment": tiny.batch(3, seed=5, role="alignment"), "harmful": HARMFUL, "safe": SAFE}
+from pairs import DATA, HARMFUL, METHOD, SAFE
 
 
 def llama():

@@ -6,7 +6,6 @@ import copy
 import re
 import runpy
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -23,38 +22,17 @@ from immunity.report.charts import Dot, Frame, Line, specification
 from immunity.report.envelope import envelopes
 from immunity.report.look import look
 from immunity.report.page import render
+from read_page import HOSTILE, Elements
+from read_page import text as read_text
 
 large_battery: Callable[..., dict[str, Any]] = runpy.run_path(
     str(Path(__file__).parents[1] / "fixtures" / "large_battery.py")
 )["large_battery"]
 
-HOSTILE = "</script><script>window.pwned=1</script><img src=x onerror=window.pwned=2>{{7*7}}\u202e'\"&"
-
-
-class Elements(HTMLParser):
-    """Every start tag, and all text outside scripts and styles."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.raw = ""
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        self.raw = tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += "" if self.raw in {"script", "style"} else data
-
-    def handle_endtag(self, tag: str) -> None:
-        self.raw = ""
-
 
 def text(page: str) -> str:
-    """What a reader sees, spaces made one."""
-    return " ".join(Elements(page).text.split())
+    """What a reader sees: here a number and its unit are one word."""
+    return read_text(page, "")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import copy
 import re
 import runpy
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -19,37 +18,11 @@ from immunity.report.geometry import geometry
 from immunity.report.geometry_words import DIAGNOSTIC, LIMITS, NAMES, findings, interval, length, number, sentence
 from immunity.report.look import look
 from immunity.report.page import render
+from read_page import HOSTILE, Elements, text
 
 large_audit: Callable[..., dict[str, Any]] = runpy.run_path(
     str(Path(__file__).parents[1] / "fixtures" / "large_audit.py")
 )["large_audit"]
-
-HOSTILE = "</script><script>window.pwned=1</script><img src=x onerror=window.pwned=2>{{7*7}}\u202e'\"&"
-
-
-class Elements(HTMLParser):
-    """Every start tag, and all text outside scripts and styles."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.raw = ""
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        self.raw = tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += "" if self.raw in {"script", "style"} else f" {data}"
-
-    def handle_endtag(self, tag: str) -> None:
-        self.raw = ""
-
-
-def text(page: str) -> str:
-    return " ".join(Elements(page).text.split())
 
 
 @pytest.fixture(scope="module")
