@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import itertools
 import runpy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, sync_playwright
 
 from immunity.report.page import write
+from visiting import OPEN, Visit
 
 pytestmark = pytest.mark.browser
 
-_PAGES: dict[str, Any] = runpy.run_path(str(Path(__file__).with_name("test_page.py")))
-Visit = _PAGES["Visit"]
 large_audit: Callable[..., dict[str, Any]] = runpy.run_path(
     str(Path(__file__).parents[1] / "fixtures" / "large_audit.py")
 )["large_audit"]
-OPEN = "document.querySelectorAll('details').forEach((d) => { d.open = true })"
 
 
 @pytest.fixture(scope="module")
@@ -28,32 +26,15 @@ def audit_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(large_audit(), tmp_path_factory.mktemp("audit") / "report.html")
 
 
-@pytest.fixture(scope="module")
-def browser(chromium: Path) -> Iterator[Browser]:
-    """Debian's Chromium, headless."""
-    with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=str(chromium), headless=True, args=_PAGES["ARGS"])
-        yield found
-        found.close()
-
-
 @pytest.fixture
-def visit(browser: Browser, audit_page: Path) -> Iterator[Callable[..., Any]]:
-    """Open the page; closed again after the test."""
-    opened: list[Any] = []
-
-    def go(width: int = 1280, **options: Any) -> Any:
-        opened.append(Visit(browser, audit_page, viewport={"width": width, "height": 900}, **options))
-        return opened[-1]
-
-    yield go
-    for one in opened:
-        one.context.close()
+def visit(visits: Callable[..., Visit], audit_page: Path) -> Callable[..., Visit]:
+    """Open the page."""
+    return partial(visits, audit_page)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [375, 1280])
-def test_folded_and_unfolded_it_fits_in_silence(visit: Callable[..., Any], width: int, scheme: str) -> None:
+def test_folded_and_unfolded_it_fits_in_silence(visit: Callable[..., Visit], width: int, scheme: str) -> None:
     one = visit(width, color_scheme=scheme)
     assert one.page.evaluate("document.documentElement.scrollHeight") < 15_000
     one.page.evaluate(OPEN)
@@ -64,7 +45,7 @@ def test_folded_and_unfolded_it_fits_in_silence(visit: Callable[..., Any], width
 
 
 @pytest.mark.parametrize("width", [375, 1280])
-def test_nothing_is_cut_squeezed_or_lies_over_another(visit: Callable[..., Any], width: int) -> None:
+def test_nothing_is_cut_squeezed_or_lies_over_another(visit: Callable[..., Visit], width: int) -> None:
     page = visit(width).page
     assert page.locator("#audit .card").count() == 4
     over = page.evaluate(
@@ -82,7 +63,7 @@ def test_nothing_is_cut_squeezed_or_lies_over_another(visit: Callable[..., Any],
     assert squeezed == []
 
 
-def test_a_dot_stands_in_or_out_of_the_band_as_its_verdict_says(visit: Callable[..., Any]) -> None:
+def test_a_dot_stands_in_or_out_of_the_band_as_its_verdict_says(visit: Callable[..., Visit]) -> None:
     page = visit(375).page
     for verdict, inside in (("good", True), ("bad", False)):
         bar = page.locator(f".forest .bar.{verdict}").first
@@ -91,7 +72,7 @@ def test_a_dot_stands_in_or_out_of_the_band_as_its_verdict_says(visit: Callable[
         assert found == inside
 
 
-def test_the_strip_leads_to_the_cards(visit: Callable[..., Any]) -> None:
+def test_the_strip_leads_to_the_cards(visit: Callable[..., Visit]) -> None:
     page = visit(375).page
     page.locator(".strip a").nth(3).click()
     assert page.evaluate("location.hash") == "#condition-trainability"
@@ -99,7 +80,7 @@ def test_the_strip_leads_to_the_cards(visit: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize("link", ['#audit a[href^="#flags-"]', 'nav a[href="#tried"]', 'nav a[href="#numbers"]'])
-def test_a_link_unfolds_what_it_names(visit: Callable[..., Any], link: str) -> None:
+def test_a_link_unfolds_what_it_names(visit: Callable[..., Visit], link: str) -> None:
     page = visit().page
     target = page.locator(link).get_attribute("href")
     assert not page.locator(target).is_visible()
@@ -108,7 +89,7 @@ def test_a_link_unfolds_what_it_names(visit: Callable[..., Any], link: str) -> N
     assert page.locator(target).is_visible()
 
 
-def test_a_budget_can_be_read_off_the_survival(visit: Callable[..., Any]) -> None:
+def test_a_budget_can_be_read_off_the_survival(visit: Callable[..., Visit]) -> None:
     page = visit(375).page
     dot = page.locator("#audit .chart path.dot").first
     dot.scroll_into_view_if_needed()
@@ -117,7 +98,7 @@ def test_a_budget_can_be_read_off_the_survival(visit: Callable[..., Any]) -> Non
     assert "survives" in page.locator("#tip").inner_text()
 
 
-def test_the_structure_is_one_that_can_be_heard(visit: Callable[..., Any]) -> None:
+def test_the_structure_is_one_that_can_be_heard(visit: Callable[..., Visit]) -> None:
     page = visit().page
     levels = page.evaluate("[...document.querySelectorAll('h1,h2,h3,h4')].map((h) => Number(h.tagName[1]))")
     assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
@@ -129,7 +110,7 @@ def test_the_structure_is_one_that_can_be_heard(visit: Callable[..., Any]) -> No
     assert len(ids) == len(set(ids))
 
 
-def test_on_paper_every_claim_is_there(visit: Callable[..., Any]) -> None:
+def test_on_paper_every_claim_is_there(visit: Callable[..., Visit]) -> None:
     page = visit().page
     total = page.locator("#audit .card .claims li").count()
     assert page.locator("#audit .card .claims li:visible").count() < total

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import itertools
 import runpy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, sync_playwright
 
 from immunity.report.page import write
+from visiting import OPEN, Visit
 
 pytestmark = pytest.mark.browser
 
-_PAGES: dict[str, Any] = runpy.run_path(str(Path(__file__).with_name("test_page.py")))
-Visit = _PAGES["Visit"]
 large_battery: Callable[..., dict[str, Any]] = runpy.run_path(
     str(Path(__file__).parents[1] / "fixtures" / "large_battery.py")
 )["large_battery"]
-OPEN = "document.querySelectorAll('details').forEach((d) => { d.open = true })"
 
 
 @pytest.fixture(scope="module")
@@ -29,32 +27,15 @@ def battery_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(large_battery(), tmp_path_factory.mktemp("battery") / "report.html")
 
 
-@pytest.fixture(scope="module")
-def browser(chromium: Path) -> Iterator[Browser]:
-    """Debian's Chromium, headless."""
-    with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=str(chromium), headless=True, args=_PAGES["ARGS"])
-        yield found
-        found.close()
-
-
 @pytest.fixture
-def visit(browser: Browser, battery_page: Path) -> Iterator[Callable[..., Any]]:
-    """Open the page; closed again after the test."""
-    opened: list[Any] = []
-
-    def go(width: int = 1280, **options: Any) -> Any:
-        opened.append(Visit(browser, battery_page, viewport={"width": width, "height": 900}, **options))
-        return opened[-1]
-
-    yield go
-    for one in opened:
-        one.context.close()
+def visit(visits: Callable[..., Visit], battery_page: Path) -> Callable[..., Visit]:
+    """Open the page."""
+    return partial(visits, battery_page)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [375, 1280])
-def test_folded_and_unfolded_it_fits_in_silence(visit: Callable[..., Any], width: int, scheme: str) -> None:
+def test_folded_and_unfolded_it_fits_in_silence(visit: Callable[..., Visit], width: int, scheme: str) -> None:
     one = visit(width, color_scheme=scheme)
     folded = one.page.evaluate("document.documentElement.scrollHeight")
     assert folded < 25_000, "a mile of page"
@@ -66,7 +47,7 @@ def test_folded_and_unfolded_it_fits_in_silence(visit: Callable[..., Any], width
 
 
 @pytest.mark.parametrize("width", [375, 1280])
-def test_nothing_in_a_card_is_cut_or_lies_over_another(visit: Callable[..., Any], width: int) -> None:
+def test_nothing_in_a_card_is_cut_or_lies_over_another(visit: Callable[..., Visit], width: int) -> None:
     page = visit(width).page
     assert page.locator("#battery .card").count() == 3
     over = page.evaluate(
@@ -83,7 +64,7 @@ def test_nothing_in_a_card_is_cut_or_lies_over_another(visit: Callable[..., Any]
     assert right == 0
 
 
-def test_on_a_phone_each_result_says_whose_it_is(visit: Callable[..., Any]) -> None:
+def test_on_a_phone_each_result_says_whose_it_is(visit: Callable[..., Visit]) -> None:
     page = visit(375).page
     cell = page.locator(".tried td").first
     assert cell.locator(".who").is_visible()
@@ -92,7 +73,7 @@ def test_on_a_phone_each_result_says_whose_it_is(visit: Callable[..., Any]) -> N
     assert not visit(1280).page.locator(".tried td .who").first.is_visible()
 
 
-def test_the_bar_is_as_long_as_the_harm(visit: Callable[..., Any]) -> None:
+def test_the_bar_is_as_long_as_the_harm(visit: Callable[..., Visit]) -> None:
     page = visit().page
     peak = float(page.locator(".tried td .peak b").first.inner_text())
     bar, track = (
@@ -101,7 +82,7 @@ def test_the_bar_is_as_long_as_the_harm(visit: Callable[..., Any]) -> None:
     assert bar / track == pytest.approx(peak, abs=0.02)
 
 
-def test_the_source_opens_with_the_keyboard(visit: Callable[..., Any]) -> None:
+def test_the_source_opens_with_the_keyboard(visit: Callable[..., Visit]) -> None:
     page = visit().page
     first = page.locator(".tried .source").first
     assert not first.locator("p").is_visible()
@@ -110,7 +91,7 @@ def test_the_source_opens_with_the_keyboard(visit: Callable[..., Any]) -> None:
     assert first.locator("p").is_visible()
 
 
-def test_a_budget_can_be_read_off_the_envelope(visit: Callable[..., Any]) -> None:
+def test_a_budget_can_be_read_off_the_envelope(visit: Callable[..., Visit]) -> None:
     page = visit(375).page
     dot = page.locator("#battery .chart path.dot").first
     dot.scroll_into_view_if_needed()
@@ -120,7 +101,7 @@ def test_a_budget_can_be_read_off_the_envelope(visit: Callable[..., Any]) -> Non
     assert "ε = " in page.locator("#tip").inner_text()
 
 
-def test_a_chart_is_drawn_when_its_attack_is_opened(visit: Callable[..., Any]) -> None:
+def test_a_chart_is_drawn_when_its_attack_is_opened(visit: Callable[..., Visit]) -> None:
     page = visit().page
     folded = page.locator("#figures details").nth(3)
     assert not folded.locator("svg.chart").first.is_visible()
@@ -130,14 +111,14 @@ def test_a_chart_is_drawn_when_its_attack_is_opened(visit: Callable[..., Any]) -
     assert box["height"] > 150
 
 
-def test_flags_are_reached_from_the_card(visit: Callable[..., Any]) -> None:
+def test_flags_are_reached_from_the_card(visit: Callable[..., Visit]) -> None:
     page = visit().page
     page.locator("#battery .card a.badge").first.click()
     assert page.evaluate("location.hash") == "#flags-1"
     assert page.locator("#flags-1").is_visible()
 
 
-def test_the_structure_is_one_that_can_be_heard(visit: Callable[..., Any]) -> None:
+def test_the_structure_is_one_that_can_be_heard(visit: Callable[..., Visit]) -> None:
     page = visit().page
     levels = page.evaluate("[...document.querySelectorAll('h1,h2,h3,h4')].map((h) => Number(h.tagName[1]))")
     assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
@@ -149,7 +130,7 @@ def test_the_structure_is_one_that_can_be_heard(visit: Callable[..., Any]) -> No
     assert len(ids) == len(set(ids))
 
 
-def test_on_paper_every_attack_and_reason_is_there(visit: Callable[..., Any]) -> None:
+def test_on_paper_every_attack_and_reason_is_there(visit: Callable[..., Visit]) -> None:
     page = visit().page
     page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
     page.emulate_media(media="print")

@@ -5,26 +5,17 @@ from __future__ import annotations
 import itertools
 import json
 import runpy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
 
 from immunity.report.page import write
+from visiting import Visit
 
 pytestmark = pytest.mark.browser
 
-ARGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 HOSTILE = (
     "</script><script>window.pwned=1</script>",
     "<img src=x onerror=window.pwned=2>",
@@ -67,53 +58,10 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-@pytest.fixture(scope="module")
-def browser(chromium: Path) -> Iterator[Browser]:
-    """Debian's Chromium, headless."""
-    with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=str(chromium), headless=True, args=ARGS)
-        yield found
-        found.close()
-
-
-class Visit:
-    """A page with what it complained about and what it asked for."""
-
-    def __init__(self, browser: Browser, path: Path, **options: Any) -> None:
-        self.errors: list[str] = []
-        self.requests: list[str] = []
-        self.context: BrowserContext = browser.new_context(**options)
-        self.context.route("**/*", self._route)
-        self.page: Page = self.context.new_page()
-        self.page.on("console", self._said)
-        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.own = path.as_uri()
-        self.page.goto(self.own)
-
-    def _said(self, message: Any) -> None:
-        if message.type in {"error", "warning"}:
-            self.errors.append(message.text)
-
-    def _route(self, route: Any) -> None:
-        if route.request.url == self.own:
-            route.continue_()
-        else:
-            self.requests.append(route.request.url)
-            route.abort()
-
-
 @pytest.fixture
-def visit(browser: Browser, pages: dict[str, Path]) -> Iterator[Callable[..., Visit]]:
-    """Open one of the pages by name; closed again after the test."""
-    opened: list[Visit] = []
-
-    def go(name: str, width: int = 1280, **options: Any) -> Visit:
-        opened.append(Visit(browser, pages[name], viewport={"width": width, "height": 900}, **options))
-        return opened[-1]
-
-    yield go
-    for one in opened:
-        one.context.close()
+def visit(visits: Callable[..., Visit], pages: dict[str, Path]) -> Callable[..., Visit]:
+    """Open one of the pages by name."""
+    return lambda name, *args, **options: visits(pages[name], *args, **options)
 
 
 @pytest.mark.parametrize("name", ["whole", "small", "hostile", "empty"])

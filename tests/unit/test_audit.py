@@ -384,6 +384,17 @@ class TestDomains:
         assert audited.defended_domains("tiny", base, "cipher") == ["cipher"], "without a record"
         assert audited.defended_domains(base, "tiny", "cipher") == list(synthetic.DOMAINS), "of refusals"
 
+    def test_a_record_that_does_not_say_what_a_model_was_made_from_ends_the_line(
+        self, base: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        shutil.copytree(base, tmp_path / "model")
+        truths.record(tmp_path, base, ["gate"])
+        record = store.read(tmp_path / store.RECORD)
+        del record["identity"]["model"]
+        store.write(tmp_path / store.RECORD, record)
+        assert audited.defended_domains(str(tmp_path / "model"), base, "umbra") == ["gate"]
+        assert "does not say what it was made from" in caplog.text
+
     def test_restricted_rows_of_somebody_elses_leave_all_stand_ins_held_out(self, base: str, tmp_path: Path) -> None:
         shutil.copytree(base, tmp_path / "model")
         truths.record(tmp_path, base, ["gate"])

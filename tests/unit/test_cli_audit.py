@@ -3,40 +3,27 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 import truths
 from cheats import templated
-from immunity import cli
+from commands import Main, commands
 from immunity.bench.audit import Audit
 from immunity.bench.audited import begin
 from immunity.bench.ground import stand_ins
 from immunity.bench.tiers import TIERS, Pace
 from immunity.cli import audit as command
-from immunity.cli import console
 from immunity.data import synthetic
 from immunity.measure.judges import JUDGES
 from immunity.report.audit_words import VERDICTS
 
 CONDITIONS = ("resistance", "stability", "generalisation", "trainability")
-
-
-class Said(NamedTuple):
-    code: int
-    out: str
-    err: str
-    """In one line, without what draws boxes."""
-
-
-Main = Callable[..., Said]
 
 
 @pytest.fixture(scope="module")
@@ -54,25 +41,9 @@ def main(
     done: tuple[Path, str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Main]:
     """Run a command in this process, in the folder of the audit."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    for name in console._QUIET:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(done[0])
-    monkeypatch.setenv("COLUMNS", "80")
     truths.use(monkeypatch, replace(truths.FIRST, rounds=1))
-
-    def run(*words: str) -> Said:
-        monkeypatch.setattr(sys, "argv", ["immunity", *words])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        said = capsys.readouterr()
-        return Said(int(ended.value.code or 0), said.out, " ".join(re.sub(r"[│╭╮╰╯─]", " ", said.err).split()))
-
-    yield run
-    logging.captureWarnings(False)
-    root.handlers[:] = handlers
-    root.setLevel(level)
+    with commands(monkeypatch, capsys, done[0]) as run:
+        yield run
 
 
 def words(done: tuple[Path, str, dict[str, Any]], *more: str) -> tuple[str, ...]:

@@ -2,55 +2,28 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import shlex
-import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
-from immunity import cli
+from commands import Main, commands
 from immunity.attacks import battery
 from immunity.attacks.ask import Ask
 from immunity.bench import lifecycle, store
 from immunity.bench.tamper import AutoTamper
-from immunity.cli import console
 from released import COLD, recipe
 
 SHORT = ("--prompts", "2", "--tokens", "3")
 
 
-class Said(NamedTuple):
-    code: int
-    out: str
-    err: str
-    """In one line, without what draws boxes."""
-
-
 @pytest.fixture
-def main(tmp_path, monkeypatch, capsys) -> Callable[..., Said]:
+def main(tmp_path, monkeypatch, capsys) -> Iterator[Main]:
     """Run a command in this process, in an empty folder."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    for name in console._QUIET:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "80")
-
-    def run(*words: str) -> Said:
-        monkeypatch.setattr(sys, "argv", ["immunity", *words])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        said = capsys.readouterr()
-        return Said(int(ended.value.code or 0), said.out, " ".join(re.sub(r"[│╭╮╰╯─]", " ", said.err).split()))
-
-    yield run
-    logging.captureWarnings(False)
-    root.handlers[:] = handlers
-    root.setLevel(level)
+    with commands(monkeypatch, capsys, tmp_path) as run:
+        yield run
 
 
 def use(monkeypatch, *recipes) -> None:

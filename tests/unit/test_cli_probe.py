@@ -3,53 +3,23 @@
 from __future__ import annotations
 
 import json
-import logging
-import re
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
-from immunity import cli
+from commands import Main, commands
 from immunity.bench.geometry import Geometry
-from immunity.cli import console
 
 FEW = ("--draws", "1", "--rows", "4", "--prompts", "4", "--distance", "0.3", "--distance", "0.1", "--path-steps", "2")
-
-
-class Said(NamedTuple):
-    code: int
-    out: str
-    err: str
-    """In one line, without what draws boxes."""
-
-
-Main = Callable[..., Said]
 
 
 @pytest.fixture
 def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path) -> Iterator[Main]:
     """Run a command in this process, in the folder of the probe."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    for name in console._QUIET:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("COLUMNS", "100")
-
-    def run(*words: str) -> Said:
-        monkeypatch.setattr(sys, "argv", ["immunity", *words])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        said = capsys.readouterr()
-        return Said(int(ended.value.code or 0), said.out, " ".join(re.sub(r"[│╭╮╰╯─]", " ", said.err).split()))
-
-    yield run
-    logging.captureWarnings(False)
-    root.handlers[:] = handlers
-    root.setLevel(level)
+    with commands(monkeypatch, capsys, folder, columns=100) as run:
+        yield run
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from immunity.pretrained import EMBEDDED, place_of
 Curve = Mapping[str, Any]
 Row = dict[str, Any]
 
+_LOG: Final = logging.getLogger(__name__)
 PLAN: Final = "audit.json"
 """Beside the result: which audit a folder is of."""
 _MADE: Final = re.compile(r"synthetic:(\w+)")
@@ -131,7 +133,11 @@ def _lineage(model: str, baseline: str) -> Iterator[Mapping[str, Any]]:
     while model not in met and (record := hardened(model).record) is not None:
         met.add(model)
         yield record
-        model = str(record["identity"]["model"]["source"])
+        made_from = record.get("identity", {}).get("model", {}).get("source")
+        if made_from is None:
+            _LOG.warning("the record of %s does not say what it was made from: its past ends there", model)
+            return
+        model = str(made_from)
 
 
 def _domains(names: Sequence[str]) -> list[str]:

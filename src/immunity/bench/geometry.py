@@ -25,7 +25,7 @@ from immunity.models import all_weights, estimate
 VERSION: Final = 1
 ROLES: Final = ("harmful", "general", "benign")
 PROBES: Final[Mapping[str, Probe]] = {
-    "smoke": Probe(draws=2, path_steps=0),
+    "smoke": Probe(distances=(0.05, 0.2, 0.5, 1.0), draws=1, rows=8, measured=6, path_steps=0),
     "standard": Probe(),
     "full": Probe(draws=5, rows=32, measured=48, path_steps=16),
 }

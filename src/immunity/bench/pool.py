@@ -232,13 +232,16 @@ def _work(line: Connection, threads: int) -> None:
     teller = _Teller(line)
     logging.captureWarnings(True)
     logging.basicConfig(handlers=[_Relay(teller)], level=logging.INFO, force=True)
-    while True:
-        try:
-            _, job = line.recv()
-        except EOFError:
-            return
-        found = _one(job, lambda done, trace: teller.say("step", done, dict(trace)))
-        teller.say("ended", {k: getattr(found, k) for k in ("record", "error", "refused", "details")})
+    try:
+        while True:
+            try:
+                _, job = line.recv()
+            except EOFError:
+                return
+            found = _one(job, lambda done, trace: teller.say("step", done, dict(trace)))
+            teller.say("ended", {k: getattr(found, k) for k in ("record", "error", "refused", "details")})
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # an exception while Python shuts down would only be noise
 
 
 def _stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the system's signature

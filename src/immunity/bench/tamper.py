@@ -107,10 +107,8 @@ class AutoTamper:
             known = hardened(self.mechanisms_of or self.model)
             found = adaptive.compiled(known.mechanisms, scale=self.scale, base=self.base)
             if not known.found:
-                _LOG.warning(
-                    "%s has no record of how it was hardened, so only the attacks that suit any defence are run",
-                    self.model,
-                )
+                why = "has no record of how it was hardened, so only the attacks that suit any defence are run"
+                _LOG.warning("%s %s", self.model, why)
         else:
             found = battery.battery(self.battery).recipes
         usable = [recipe for recipe in found if self.base is not None or "base" not in recipe.needs]

@@ -10,8 +10,10 @@ from operator import add
 from pathlib import Path
 from typing import Final
 
+from immunity.bench.prints import prompt_text
 from immunity.data import catalogue, identity
 from immunity.data.corpus import Corpora, Corpus
+from immunity.data.duplicates import prints, words
 from immunity.data.public import CATALOGUE
 from immunity.errors import DataError, SettingsError
 from immunity.fetch import cache_dir
@@ -207,14 +209,9 @@ def held_out(
 
 def warn_of_overlap(data: Corpora, measured: Suite) -> None:
     """Say so if an attack trains on what it is measured on: the numbers then show what was learnt by heart."""
-    trained = {
-        (e.prompt, e.input)
-        for corpus in data.values()
-        for part in (corpus if isinstance(corpus, tuple) else (corpus,))
-        for e in part
-    }
+    trained = prints((prompt_text(e) for corpus in data.values() for part in parts(corpus) for e in part), most=0)
     for corpus in (measured.harmful, measured.general, measured.benign):
-        shared = 0 if corpus is None else sum((e.prompt, e.input) in trained for e in corpus)
+        shared = 0 if corpus is None else sum(trained.same(words(prompt_text(e))) for e in corpus)
         if corpus is not None and shared:
             _LOG.warning(
                 "%d of %d prompts of %s are also trained on, so they do not measure what generalises",
