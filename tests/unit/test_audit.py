@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from cheats import rescaled, templated
 from immunity.attacks import fleet
 from immunity.attacks.attack import Opening
 from immunity.attacks.finetune import FineTune
-from immunity.bench import audited, standins, store, tiers
+from immunity.bench import audited, squad, standins, store, tiers
 from immunity.bench.assault import Assault, whole
 from immunity.bench.audit import Audit
 from immunity.bench.comparison import Comparison
@@ -23,6 +24,7 @@ from immunity.bench.ground import stand_ins
 from immunity.data import synthetic
 from immunity.errors import ModelError, ResumeError, SettingsError
 from immunity.metrics.claims import corrected
+from immunity.metrics.lessons import first_rates
 from immunity.metrics.multiple import holm
 from immunity.metrics.stability import stability
 from immunity.metrics.trainability import trainability
@@ -310,11 +312,10 @@ class TestFailures:
             return work(job, tell)
 
         little.setattr(Assault, "work", fails)
-        little.setattr(fleet, "run_fleet", _broken)
         result = little_audit(copied, tmp_path / "a").run()
         found = result["audit"]
         assert {title.split(": ")[1].split(",")[0] for title in found["failures"]} == {DOMAIN, "sentiment"}
-        assert len(found["failures"]) == 4
+        assert len(found["failures"]) == 3, "no second round follows a first one that failed"
         assert {row["attack"] for row in result["failures"]} == {f"{DOMAIN}, full", f"{DOMAIN}, lora"}
         rows = next(row for row in result["battery"]["summary"]["models"] if row["model"] == copied)["attacks"]
         assert {row["status"] for row in rows if row["attack"].startswith(DOMAIN)} == {"crashed"}
@@ -341,6 +342,7 @@ class TestFailures:
         self, copied: str, tmp_path: Path, little: pytest.MonkeyPatch
     ) -> None:
         truths.use(little, replace(FIRST, lessons=0, seeds=2))
+        little.setattr(squad, "pays", lambda _: True)  # as on an accelerator
         little.setattr(fleet, "run_fleet", _broken)
         watch = Watch()
         found = little_audit(copied, tmp_path / "a").run(watch.shown)
@@ -424,7 +426,7 @@ class TestErrands:
         )
 
     def test_there_are_as_many_as_the_tier_says_and_the_same_for_both(self, errands: Errands, tmp_path: Path) -> None:
-        jobs = [*errands.attacks(), *errands.lessons()]
+        jobs = [*errands.attacks(), *errands.lessons(), *errands.second_rounds(truths.rates(errands.lessons()))]
         assert len(jobs) == errands.size.runs
         assert len({errand.job.folder for errand in jobs}) == len({errand.job.title for errand in jobs}) == len(jobs)
         sides = {
@@ -436,8 +438,9 @@ class TestErrands:
 
     def test_lessons_are_honest_and_the_second_round_follows_another_task(self, errands: Errands) -> None:
         found = list(errands.lessons())
-        assert {errand.job.attack.threat.name for errand in found} == {"benign"}
-        again = [errand.job for errand in found if errand.about["round"] == 2]
+        again = [errand.job for errand in errands.second_rounds(truths.rates(found))]
+        assert {errand.about["round"] for errand in found} == {1}
+        assert {job.attack.threat.name for job in (*again, *(errand.job for errand in found))} == {"benign"}
         assert again
         for job in again:
             read = job.attack.reads(job.data)
@@ -445,6 +448,27 @@ class TestErrands:
             assert first.name != second.name
             assert job.suite.benign is not None
             assert {e.prompt for e in second}.isdisjoint(e.prompt for e in job.suite.benign)
+
+    def test_a_second_round_is_trained_at_the_rate_that_the_first_one_chose(self, errands: Errands) -> None:
+        def best(about: Mapping[str, Any]) -> float:
+            return min(about["lr"] / 1e-3, 1.0) if about["model"] == "defended" else min(5e-4 / about["lr"], 1.0)
+
+        rows = [{**e.about, "points": [[0, 0.0], [10, best(e.about)]]} for e in errands.lessons()]
+        again = list(errands.second_rounds(first_rates(rows)))
+        assert {(e.about["model"], e.about["adapter"], e.about["lr"]) for e in again} == {
+            ("defended", "full", 1e-3),
+            ("defended", "lora", 5e-3),
+            ("baseline", "full", 1e-4),
+            ("baseline", "lora", 5e-4),
+        }
+        for errand in again:
+            assert errand.about["lr"] == errand.job.attack.first.lr == errand.job.attack.second.lr
+        rows += [{**e.about, "points": [[0, 0.0], [10, 0.9]], "n_prompts": 96} for e in again]
+        found = [pair for pair in trainability(rows).details["pairs"] if pair["round"] == 2]
+        assert len(found) == 4
+        for pair in found:
+            assert pair["doubts"] == [], "rates that the first round chose are no unequal search"
+            assert set(pair["rates"]["model"]) == {"1", "2", "3"}
 
     def test_each_rate_is_searched_on_seeds_that_do_not_judge_it(self, errands: Errands) -> None:
         rows = [

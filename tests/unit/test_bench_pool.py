@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from immunity.bench import pool
+from immunity.bench import pool, worker
 
 JOBS = """
 import logging, os, signal, warnings
@@ -75,7 +75,7 @@ class Seen:
     def __call__(self, index: int, done: int, trace: Mapping[str, float]) -> None:
         self.said.append(("step", index, done))
 
-    def ended(self, outcome: pool.Outcome, index: int) -> None:
+    def ended(self, outcome: worker.Outcome, index: int) -> None:
         self.said.append(("ended", index, int(outcome.record is not None)))
 
 
@@ -102,6 +102,31 @@ def test_side_by_side_a_dead_worker_costs_its_own_job_only(toys, caplog, capfd):
     assert of(seen, 0)[-1] == ("ended", 0)
     assert "mind this" in caplog.text
     assert not pool.multiprocessing.active_children()
+
+
+def test_processes_can_be_kept_for_the_next_run(toys):
+    def pids():
+        return {child.pid for child in pool.multiprocessing.active_children()}
+
+    def twice(kind):
+        outcomes = pool.run([toys.Toy(kind), toys.Toy("fine")], workers=2, threads=1, progress=Seen())
+        return [outcome.record is not None for outcome in outcomes]
+
+    with pool.kept():
+        assert twice("fine") == [True, True]
+        first = pids()
+        assert len(first) == 2
+        with pool.kept():
+            assert twice("fine") == [True, True]
+        assert pids() == first, "the same ones, also within another one"
+        assert twice("killed") == [False, True]
+        assert len(pids() & first) == 1, "a dead one is not kept"
+        assert twice("fine") == [True, True]
+    assert not pids()
+    with pytest.raises(KeyError), pool.kept():
+        twice("fine")
+        raise KeyError
+    assert not pids(), "whatever happens"
 
 
 def test_what_is_done_needs_no_process(toys, monkeypatch):

@@ -308,7 +308,7 @@ class TestOutput:
         assert "their noise" in err
 
     def test_exit_codes(self):
-        from immunity.bench.pool import Outcome
+        from immunity.bench.worker import Outcome
 
         job = object.__new__(jobs.Hardening)
         done, refused, failed = Outcome(job, {}), Outcome(job, None, refused=True), Outcome(job, None)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from immunity.bench.pool import Outcome
+from immunity.bench.worker import Outcome
 from immunity.cli import console, pace
 
 
@@ -103,6 +103,22 @@ class TestBars:
             "started   three",
             "failed    three",
         ]
+
+    def test_data_that_are_rewritten_first_have_lines_of_their_own_and_are_no_steps(self, capsys, monkeypatch):
+        monkeypatch.setattr(console, "EVERY", 0.0)
+        with console.bars([job("one", 3)], [1.0]) as shown:
+            shown.began(0)
+            for done in (8, 12, 20):
+                shown(0, 0, {"rewritten": done, "to rewrite": 20})
+            assert shown.pace.left(0) is None
+            shown(0, 0, {})
+            shown(0, 1, {"nll/a": 0.5})
+            task = shown.progress.tasks[0]
+            assert (task.total, task.completed) == (3, 1)
+            shown.ended(Outcome(None, {}), 0)
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[1:3] == ["          one: rewriting 8/20", "          one: rewriting 12/20, 0 s left"]
+        assert not any("20/20" in line for line in lines)
 
     def test_an_interruption_says_how_to_go_on(self, capsys, monkeypatch):
         import signal

@@ -19,6 +19,7 @@ from immunity.bench.overlaps import Asked
 from immunity.bench.prints import prompt_prints, prompts_as_written
 from immunity.bench.resemblance import Reader
 from immunity.bench.shown import Quiet
+from immunity.bench.worker import Outcome
 from immunity.data import duplicates, synthetic
 from immunity.data.corpus import Corpus, Example
 from immunity.data.duplicates import words
@@ -190,7 +191,7 @@ class TestLikeness:
         assert torch.equal(likeness.embedded(cut, texts[:1]), likeness.embedded(cut, ["What is it"]))
 
 
-def crew(job: Job) -> pool.Outcome:
+def crew(job: Job) -> Outcome:
     return pool.run([job], workers=1, threads=1, progress=Quiet())[0]
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from immunity.attacks.finetune import FineTune
 from immunity.bench import pool
 from immunity.bench.search import BATCHES, FAMILIES, RANKS, RATES, SCHEDULES, STEPS, Search, halves
+from immunity.bench.worker import Outcome
 from immunity.data.corpus import Corpus, Example
 from immunity.errors import SettingsError
 from released import KilledError, Watch, corpus, data, release, suite
@@ -53,7 +54,7 @@ def runner(monkeypatch):
             points = [{"metrics": {"useful_harm": value}} for value in (0.0, harm(job.attack), 0.0)]
             bad = job.attack.batch_size == 32
             record = None if bad else {"curve": {"points": points}}
-            found.append(pool.Outcome(job, record, "out of memory" if bad else ""))
+            found.append(Outcome(job, record, "out of memory" if bad else ""))
         return found
 
     monkeypatch.setattr(pool, "run", run)

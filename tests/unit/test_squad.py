@@ -13,6 +13,7 @@ from immunity.attacks.attack import Opening
 from immunity.bench import pool, squad, store
 from immunity.bench.assault import Assault, Broken
 from immunity.bench.squad import Squad, alone, grouped, parted, pays
+from immunity.bench.worker import Outcome
 from immunity.errors import ModelError
 from released import HOT, LORA, KilledError, Watch, data, recipe, release, suite
 
@@ -21,6 +22,12 @@ ATTACKS = {
     "two": replace(LORA, seed=2, steps=7, lr=1e-3, r=4, n=8),
     "hot": replace(LORA, steps=20, lr=5e-2, r=4),
 }
+
+
+@pytest.fixture(autouse=True)
+def fleets(monkeypatch) -> None:
+    """As on an accelerator."""
+    monkeypatch.setattr(squad, "pays", lambda _: True)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +54,7 @@ def jobs(model, folder) -> list[Assault]:
     return [job(name, attack, model, folder) for name, attack in ATTACKS.items()]
 
 
-def run(todo, watch=None) -> list[pool.Outcome]:
+def run(todo, watch=None) -> list[Outcome]:
     watch = watch or Watch()
     with watch.shown(todo, []) as shown:
         return pool.run(todo, workers=1, threads=1, progress=shown)
@@ -111,17 +118,15 @@ def test_other_members_are_another_folder(model, tmp_path):
     assert grouped(todo)[0].folder == grouped(todo[::-1])[0].folder
 
 
-def test_a_fleet_pays_on_an_accelerator_or_on_a_small_model(model, tmp_path, monkeypatch):
-    assert pays(Opening(source=model, device="cpu"))
-    assert pays(Opening(source="tiny", device="cpu"))
-    assert not pays(Opening(source="smollm2", device="cpu"))
-    assert not pays(Opening(source="org/name", device="cpu"))
-    assert pays(Opening(source="org/name", device="cuda:0"))
-    monkeypatch.setattr(squad, "_SMALL", 1000)
-    assert not pays(Opening(source=model, device="cpu"))
+def test_a_fleet_pays_on_an_accelerator(model, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device in ("cpu", "auto"):
+        assert not pays(Opening(source=model, device=device))
     assert grouped(jobs(model, tmp_path)) == jobs(model, tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert pays(Opening(source="org/name", device="auto"))
+    assert pays(Opening(source="org/name", device="cuda:0"))
     assert not pays(Opening(source="org/name", device="cpu"))
 
 
@@ -195,6 +200,7 @@ def test_a_fleet_that_fails_gives_every_member_an_outcome(model, tmp_path, monke
     def broken(*_args, **_more):
         raise ModelError("no such model")
 
+    works = fleet.run_fleet
     monkeypatch.setattr(fleet, "run_fleet", broken)
     (outcome,) = run(grouped(jobs(model, tmp_path)))
     found = list(parted(outcome))
@@ -202,7 +208,7 @@ def test_a_fleet_that_fails_gives_every_member_an_outcome(model, tmp_path, monke
     assert [one.record is None for one in found] == [False, True, True]
     assert [one.error for one in found] == ["", "no such model", "no such model"]
     assert [one.refused for one in found] == [False, True, True]
-    monkeypatch.undo()
+    monkeypatch.setattr(fleet, "run_fleet", works)
     (outcome,) = run(grouped(jobs(model, tmp_path)))
     assert all(one.record for one in parted(outcome)), "and the same call goes on"
 
@@ -221,7 +227,7 @@ def test_a_fault_leaves_its_traceback_to_every_member(model, tmp_path, monkeypat
 
 
 def test_an_outcome_of_one_attack_is_itself(model, tmp_path):
-    outcome = pool.Outcome(jobs(model, tmp_path)[0], None, "why")
+    outcome = Outcome(jobs(model, tmp_path)[0], None, "why")
     assert list(parted(outcome)) == [outcome]
 
 

@@ -16,7 +16,7 @@ from immunity.attacks.attack import Opening
 from immunity.attacks.battery import Battery, cascade, cost
 from immunity.attacks.edits import Quantise
 from immunity.attacks.finetune import FineTune
-from immunity.bench import jobs, store
+from immunity.bench import jobs, squad, store
 from immunity.bench.tamper import AutoTamper, stages
 from immunity.bench.tampered import TRACEBACK, inapplicable
 from immunity.errors import DataError, ModelError, ResumeError, SettingsError
@@ -42,6 +42,12 @@ BREAKS = (PREFILL, WEAK, STRONG, LATER)
 def models(tmp_path_factory) -> tuple[str, str]:
     folder = tmp_path_factory.mktemp("released")
     return release(folder / "wall"), release(folder / "bare", seed=1)
+
+
+@pytest.fixture
+def fleets(monkeypatch) -> None:
+    """As on an accelerator."""
+    monkeypatch.setattr(squad, "pays", lambda _: True)
 
 
 @pytest.fixture
@@ -86,6 +92,7 @@ def rows(result, *names, kind="curves"):
 # A whole run
 
 
+@pytest.mark.usefixtures("fleets")
 def test_a_result_is_complete(models, tmp_path, tiny_battery):
     tiny_battery(*HOLDS)
     watch = Watch()
@@ -154,10 +161,11 @@ def test_again_it_redoes_nothing_and_says_the_same(models, tmp_path, tiny_batter
     assert again == first, "the date and the command of the first run, too"
 
 
+@pytest.mark.usefixtures("fleets")
 def test_killed_it_goes_on_and_says_the_same(models, tmp_path, tiny_battery):
     tiny_battery(PREFILL, WEAK, FIRST, SECOND, STRONG)
     whole = tamper(tmp_path / "whole", models[0], whole_curves=True).run()
-    for at in (("weak", 2), ("fleet", 3), ("strong", 30)):
+    for at in (("fleet", 3), ("weak", 2), ("strong", 30)):
         watch = Watch(at=at)
         with pytest.raises(KilledError):
             tamper(tmp_path / "cut", models[0], whole_curves=True).run(watch.shown)
@@ -229,6 +237,7 @@ def test_a_failure_says_where_it_came_from_in_its_last_lines(models, tmp_path, t
     assert failed["details"].endswith("RuntimeError: no luck")
 
 
+@pytest.mark.usefixtures("fleets")
 def test_one_that_cannot_be_in_a_fleet_does_not_take_the_others_along(models, tmp_path, tiny_battery):
     long = recipe("long", replace(LORA, template="alpaca"), "lora")  # no row fits into 64 tokens
     tiny_battery(FIRST, SECOND, long)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import truths
 from immunity.attacks import battery
 from immunity.bench import tiers
 from immunity.bench.errands import Errands
@@ -22,7 +23,9 @@ FAST = Pace(step=0.001, look=0.001)
 
 def errands(size: Tier) -> list[str]:
     found = Errands(model="one", baseline="two", size=size, folder=Path("a"), ground=stand_ins("one", "two", "umbra"))
-    return [errand.job.title for errand in (*found.attacks(), *found.lessons())]
+    lessons = list(found.lessons())
+    again = found.second_rounds(truths.rates(lessons))
+    return [errand.job.title for errand in (*found.attacks(), *lessons, *again)]
 
 
 def test_names() -> None:
@@ -42,7 +45,8 @@ def test_there_is_what_a_tier_asks_for(size: Tier) -> None:
 
 def test_each_does_more_than_the_one_before() -> None:
     for less, more in zip(TIERS.values(), list(TIERS.values())[1:], strict=False):
-        for name in ("prompts", "seeds", "domains", "attack_steps", "lessons", "lesson_steps", "rounds", "runs"):
+        names = ("prompts", "others", "seeds", "domains", "attack_steps", "lessons", "lesson_steps", "rounds", "runs")
+        for name in names:
             assert getattr(less, name) <= getattr(more, name), name
         assert less.runs < more.runs
 
@@ -102,6 +106,7 @@ class TestTime:
         base = pace.minutes(STANDARD)
         for more in (
             replace(STANDARD, prompts=192),
+            replace(STANDARD, others=96),
             replace(STANDARD, seeds=5),
             replace(STANDARD, domains=8),
             replace(STANDARD, attack_steps=600),
@@ -118,7 +123,8 @@ class TestTime:
         one = replace(SMOKE, lessons=0, domains=1)
         steps, looks = Pace(step=60.0, look=0.0), Pace(step=0.0, look=60.0)
         assert steps.minutes(replace(one, domains=2)) - steps.minutes(one) == pytest.approx(4 * one.attack_steps)
-        assert looks.minutes(replace(one, domains=2)) - looks.minutes(one) == pytest.approx(4 * tiers._LOOKS)
+        fewer = (one.prompts + 2 * one.others) / 72
+        assert looks.minutes(replace(one, domains=2)) - looks.minutes(one) == pytest.approx(4 * tiers._LOOKS * fewer)
         taught = replace(one, lessons=1, rates={"full": (1e-4,)})
         assert steps.minutes(taught) - steps.minutes(one) == pytest.approx(2 * one.lesson_steps)
         again = replace(taught, rounds=2)

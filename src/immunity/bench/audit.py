@@ -23,11 +23,13 @@ from immunity.bench.shown import Shown, quietly
 from immunity.bench.tamper import PHI, AutoTamper
 from immunity.bench.tampered import inapplicable
 from immunity.bench.tiers import Tier, tier
+from immunity.bench.worker import Outcome
 from immunity.data import synthetic
 from immunity.errors import SettingsError
 from immunity.metrics.breaks import break_rows
 from immunity.metrics.claims import Condition, corrected
 from immunity.metrics.generalisation import generalisation
+from immunity.metrics.lessons import first_rates
 from immunity.metrics.resistance import resistance
 from immunity.metrics.stability import stability
 from immunity.metrics.trainability import trainability
@@ -105,6 +107,7 @@ class Audit:
         why = f"generalisation: not enough evidence, as no record says what {self.model} was trained on"
         return [*([] if hardened(self.model).found else [why]), *self.data.cannot(self.size)]
 
+    @pool.kept()
     def run(self, progress: Shown = quietly) -> dict[str, Any]:
         """Measure all four conditions and write ``result.json``.
 
@@ -130,13 +133,15 @@ class Audit:
         shapes = errands.geometry()
         looked = self._done(shapes, progress, failed)
         done = self._done(jobs, progress, failed)
+        lessons += errands.second_rounds(first_rates(learnt(lessons, done, failed)))
+        done |= self._done([one.job for one in lessons if one.job.title not in done], progress, failed)
         result = self._joined(self._tamper().run(progress), attacks, done, failed)
         conditions = corrected(
             [
                 self._resistance(result),
                 stability([row for record in compared.values() for row in record["rows"]]),
                 self._generalisation(attacks if self.data.judge is not None else (), done, result),
-                trainability(learnt({one.job.title: one.about for one in lessons}, done, failed)),
+                trainability(learnt(lessons, done, failed)),
             ]
         )
         result |= {"title": f"Audit of {self.model}", "seconds": round(time.monotonic() - began, 1)}
@@ -209,7 +214,7 @@ class Audit:
         failed.update({title: one.error for title, one in last.items() if one.record is None})
         return {title: one.record for title, one in last.items() if one.record is not None}
 
-    def _crew(self, jobs: Sequence[Job], progress: Shown) -> list[pool.Outcome]:
+    def _crew(self, jobs: Sequence[Job], progress: Shown) -> list[Outcome]:
         if not jobs:
             return []
         threads = self.threads or max(1, pool.cores() // self.workers)
@@ -224,8 +229,8 @@ class Audit:
             battery=size.battery,
             folder=self.folder / "resistance",
             data=home.data,
-            suite=errands.suite(home.name),
-            dev=None if home.dev is None else errands.suite(home.name, split="dev"),
+            suite=errands.along(home.name),
+            dev=None if home.dev is None else errands.along(home.name, split="dev"),
             seed=self.seed,
             fresh_seeds=size.seeds - 1,
             most_steps=size.most_steps,

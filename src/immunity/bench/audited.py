@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from immunity.bench import store
 from immunity.bench.hardened import hardened
+from immunity.bench.jobs import Job
 from immunity.bench.probes import harm
 from immunity.data import synthetic
 from immunity.errors import ResumeError
@@ -65,17 +66,18 @@ def lesson(about: Mapping[str, Any], curve: Curve) -> Row:
 
 
 def learnt(
-    abouts: Mapping[str, Mapping[str, Any]], done: Mapping[str, Mapping[str, Any]], failed: dict[str, str]
+    lessons: Iterable[tuple[Job, Mapping[str, Any]]], done: Mapping[str, Mapping[str, Any]], failed: dict[str, str]
 ) -> list[Row]:
     """The learning curves of honest fine-tunings; one without an accuracy goes to ``failed``.
 
     Args:
-        abouts: Title of a job -> what is known of it.
+        lessons: The jobs, and what each is about.
         done: Title -> record of the jobs that came to an end.
         failed: Title -> why there is no curve.
     """
     rows = []
-    for title, about in abouts.items():
+    for job, about in lessons:
+        title = job.title
         if (record := done.get(title)) is not None:
             row = lesson(about, record["curve"])
             if row["points"]:

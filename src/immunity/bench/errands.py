@@ -18,8 +18,9 @@ from immunity.bench.geometry import PROBES, Geometry, around
 from immunity.bench.ground import Ground, Lesson, first
 from immunity.bench.tamper import PHI
 from immunity.bench.tiers import Tier
-from immunity.data.corpus import Corpora
+from immunity.data.corpus import Corpora, Corpus
 from immunity.measure.suite import Suite
+from immunity.metrics.lessons import ROLES
 from immunity.models import LanguageModel
 from immunity.spec import build
 
@@ -94,6 +95,10 @@ class Again(Attack):
         return second.tamper(model, _round(2, data), recorder)
 
 
+def _taught_with(task: Lesson) -> dict[str, Corpus]:
+    return {"benign": task.train} | ({} if task.other is None else {"general": task.other})
+
+
 def _round(i: int, data: Corpora) -> dict[str, Any]:
     return {role.removeprefix(f"{i} "): part for role, part in data.items() if role.startswith(f"{i} ")}
 
@@ -136,9 +141,13 @@ class Errands:
         """The names of the domains, the audited one first."""
         return tuple(domain.name for domain in self.ground.domains)
 
-    def suite(self, domain: str, n: int | None = None, split: Literal["dev", "test"] = "test") -> Suite:
+    def suite(self, domain: str, n: int | None = None) -> Suite:
         """What is measured of a domain; as many prompts as the size says, or ``n``."""
-        return self.ground.suite(domain, self.size.prompts if n is None else n, split)
+        return self.ground.suite(domain, self.size.prompts if n is None else n)
+
+    def along(self, domain: str, split: Literal["dev", "test"] = "test") -> Suite:
+        """What is measured along an attack: every restricted prompt, and fewer of the others, which it is not about."""
+        return self.ground.suite(domain, self.size.prompts, split, others=self.size.others)
 
     def comparison(self) -> Comparison:
         """Both models beside each other, before anybody attacks either."""
@@ -176,33 +185,47 @@ class Errands:
         steps = self.size.attack_steps
         kinds = (FineTune(steps=steps), FineTune(steps=steps, adapter="lora", lr=1e-3))
         for domain in self.ground.attacked(self.size):
-            suite, rows = self.suite(domain.name), len(whole(domain.data["harmful"]))
+            suite, rows = self.along(domain.name), len(whole(domain.data["harmful"]))
             for kind in kinds:
                 name, about = f"{domain.name}, {kind.adapter}", {"domain": domain.name, "attack": kind.adapter}
                 fitted = replace(kind, n=min(kind.n, rows))
                 yield from self._on_both(name, fitted, domain.data, suite, about, stop=True)
 
     def lessons(self) -> Iterator[Errand]:
-        """Honest tasks at every rate, with every seed, and once more on top of the other task."""
-        size = self.size
-        for task in self.ground.lessons[: size.lessons]:
-            data = {"benign": task.train} | ({} if task.other is None else {"general": task.other})
-            for adapter, rates in size.rates.items():
+        """Honest tasks at every rate, with every seed."""
+        for task in self.ground.lessons[: self.size.lessons]:
+            for adapter, rates in self.size.rates.items():
                 for lr in rates:
-                    kind = FineTune(
-                        n=min(256, *map(len, data.values())),
-                        harmful=0.0,
-                        adapter=adapter,
-                        lr=lr,
-                        steps=size.lesson_steps,
-                    )
-                    about = {"task": task.name, "adapter": adapter, "lr": lr, "round": 1}
-                    name = f"{task.name}, {adapter}, {lr:g}"
-                    yield from self._on_both(name, kind, data, self._lesson_suite(task), about)
-                    if size.rounds > 1 and task.other is not None:
-                        twice = Again(first=replace(kind, filler="general"), second=kind)
-                        again = {**about, "round": 2}
-                        yield from self._on_both(f"{name}, second round", twice, data, self._lesson_suite(task), again)
+                    yield from self._taught(task, self._lesson(task, adapter, lr), 1)
+
+    def second_rounds(self, rates: Mapping[tuple[str, str, str, int], float]) -> Iterator[Errand]:
+        """The same once more on top of the other task, each model at the rate that its first round chose for the seed.
+
+        Args:
+            rates: Of :func:`immunity.metrics.lessons.first_rates`.
+        """
+        if self.size.rounds < 2:
+            return
+        tasks = {task.name: task for task in self.ground.lessons[: self.size.lessons] if task.other is not None}
+        for (name, adapter, role, seed), lr in rates.items():
+            if name in tasks:
+                kind = self._lesson(tasks[name], adapter, lr)
+                twice = Again(first=replace(kind, filler="general"), second=kind)
+                for errand in self._taught(tasks[name], twice, 2):
+                    if (ROLES[errand.about["model"]], errand.about["seed"]) == (role, seed):
+                        yield errand
+
+    def _lesson(self, task: Lesson, adapter: str, lr: float) -> FineTune:
+        n = min(256, *map(len, _taught_with(task).values()))
+        return build(FineTune(harmful=0.0), {"n": n, "adapter": adapter, "lr": lr, "steps": self.size.lesson_steps})
+
+    def _taught(self, task: Lesson, kind: FineTune | Again, number: int) -> Iterator[Errand]:
+        once = kind.second if isinstance(kind, Again) else kind
+        about = {"task": task.name, "adapter": once.adapter, "lr": once.lr, "round": number}
+        name = f"{task.name}, {once.adapter}, {once.lr:g}"
+        if isinstance(kind, Again):
+            about, name = {**about, "use": "given"}, f"{name}, second round"
+        return self._on_both(name, kind, _taught_with(task), self._lesson_suite(task), about)
 
     def _lesson_suite(self, task: Lesson) -> Suite:
         """What is measured while an honest task is trained; nobody is asked to judge a user's data for that."""

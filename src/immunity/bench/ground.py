@@ -99,8 +99,8 @@ class Ground:
         """Who says what is harmful."""
         return self.home.test.judge
 
-    def suite(self, domain: str, n: int, split: Literal["dev", "test"] = "test") -> Suite:
-        """What is measured of a domain: at most ``n`` prompts of each kind.
+    def suite(self, domain: str, n: int, split: Literal["dev", "test"] = "test", *, others: int | None = None) -> Suite:
+        """What is measured of a domain: at most ``n`` prompts of each kind, or ``others`` of those not restricted.
 
         Raises:
             SettingsError: There is no such domain, or it has no such prompts.
@@ -109,11 +109,12 @@ class Ground:
         suite = None if found is None else found.test if split == "test" else found.dev
         if suite is None:
             raise SettingsError(f"no {split} prompts of a domain {domain!r}")
+        rest = n if others is None else others
         return replace(
             suite,
             harmful=first(suite.harmful, n),
-            general=first(suite.general, n),
-            benign=None if suite.benign is None else first(suite.benign, n),
+            general=first(suite.general, rest),
+            benign=None if suite.benign is None else first(suite.benign, rest),
             batch_size=n if self.made else suite.batch_size,
         )
 

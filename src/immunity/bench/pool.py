@@ -7,43 +7,21 @@ import math
 import multiprocessing
 import os
 import signal
-import threading
-import traceback
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from types import FrameType
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import torch
 
 from immunity.bench.jobs import Job
-from immunity.errors import DivergedError, ImmunityError
+from immunity.bench.worker import Outcome, attempt, work
+from immunity.errors import ImmunityError
 
-_FULL: Final = ("out of memory", "can't allocate memory", "not enough memory")
 _PATIENCE: Final = 5.0  # seconds for a worker to end
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a job.
-
-    Attributes:
-        job: The job.
-        record: What it found, or None if it failed.
-        error: Why it failed, for the user.
-        refused: Whether it was refused for a reason that the user can change, before it had computed anything.
-        details: The traceback of a failure that nobody foresaw.
-    """
-
-    job: Job
-    record: dict[str, Any] | None
-    error: str = ""
-    refused: bool = False
-    details: str = ""
 
 
 class Watcher(Protocol):
@@ -75,7 +53,7 @@ def run(jobs: Sequence[Job], *, workers: int, threads: int, progress: Watcher) -
     Args:
         jobs: Independent of one another.
         workers: Processes. With more than one, each loads its own model.
-        threads: Torch threads of each; ``OMP_NUM_THREADS``, where it is set, is not exceeded.
+        threads: Torch threads of each; no more than ``OMP_NUM_THREADS``, where it is set.
         progress: Told of every job and every training step.
     """
     most = os.environ.get("OMP_NUM_THREADS", "")
@@ -86,32 +64,27 @@ def run(jobs: Sequence[Job], *, workers: int, threads: int, progress: Watcher) -
     outcomes = []
     for i, job in enumerate(jobs):
         progress.began(i)
-        outcomes.append(_one(job, _teller(i, progress)))
+        outcomes.append(attempt(job, _teller(i, progress)))
         progress.ended(outcomes[-1], i)
     return outcomes
 
 
+@contextmanager
+def kept() -> Iterator[None]:
+    """Within it, the processes of one :func:`run` go on with the next one's jobs; starting one takes seconds."""
+    if _SPARE:  # they are kept already
+        yield
+        return
+    _SPARE.append([])
+    try:
+        yield
+    finally:
+        for worker in _SPARE.pop():
+            worker.end(at_once=False)
+
+
 def _teller(index: int, progress: Watcher) -> Callable[[int, Mapping[str, float]], None]:
     return lambda done, trace: progress(index, done, trace)
-
-
-def _one(job: Job, tell: Callable[[int, Mapping[str, float]], None]) -> Outcome:
-    try:
-        return Outcome(job, job(tell))
-    except ImmunityError as error:
-        return Outcome(job, None, str(error), refused=not isinstance(error, DivergedError))
-    except (RuntimeError, OSError, MemoryError, ValueError) as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if isinstance(error, MemoryError) or any(sign in said for sign in _FULL):
-            said = (
-                f"out of memory: {said}. Needed is less: micro_batch = 1, a LoRA adapter instead of every weight, "
-                "a smaller max_length or batch, fewer jobs side by side"
-            )
-        elif isinstance(error, OSError):
-            return Outcome(job, None, f"the system says: {error}")
-        else:
-            said = f"{type(error).__name__}: {said}"
-        return Outcome(job, None, said, details="".join(traceback.format_exception(error)).strip())
 
 
 def _known(job: Job) -> Outcome | None:
@@ -129,10 +102,10 @@ class _Worker:
     def __init__(self, threads: int) -> None:
         context = multiprocessing.get_context("spawn")
         self.line, theirs = context.Pipe()
-        self.process: SpawnProcess = context.Process(target=_work, args=(theirs, threads), daemon=True)
+        self.process: SpawnProcess = context.Process(target=work, args=(theirs, threads), daemon=True)
         self.process.start()
         theirs.close()  # so that the line ends when the process does
-        self.index = -1
+        self.threads, self.index = threads, -1
 
     def give(self, index: int, job: Job) -> None:
         self.index = index
@@ -147,6 +120,16 @@ class _Worker:
         if self.process.is_alive():
             self.process.kill()
             self.process.join()
+
+
+_SPARE: Final[list[list[_Worker]]] = []
+
+
+def _worker(threads: int) -> _Worker:
+    """One that waits for a job, or a new one."""
+    spare = _SPARE[-1] if _SPARE else []
+    fit = next((i for i, one in enumerate(spare) if one.threads == threads and one.process.is_alive()), None)
+    return _Worker(threads) if fit is None else spare.pop(fit)
 
 
 class _Crew:
@@ -170,7 +153,7 @@ class _Crew:
         try:
             while len(self.outcomes) < len(self.jobs):
                 while self.waiting and len(self.workers) < most:
-                    self._begin(_Worker(self.threads))
+                    self._begin(_worker(self.threads))
                 for line in wait(list(self.workers)):
                     self._hear(self.workers[line])  # type: ignore[index]
         finally:
@@ -210,6 +193,8 @@ class _Crew:
         del self.workers[worker.line]
         if self.waiting and worker.process.is_alive():
             self._begin(worker)
+        elif _SPARE and worker.process.is_alive():
+            _SPARE[-1].append(worker)
         else:
             worker.end(at_once=False)
 
@@ -220,59 +205,3 @@ class _Crew:
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         why = "most likely there was not enough memory; try fewer workers" if code == -9 else "what it said is above"
         self._ended(worker, Outcome(self.jobs[worker.index], None, f"its process ended unexpectedly ({how}): {why}"))
-
-
-def _work(line: Connection, threads: int) -> None:
-    """What a worker does until it is told nothing more, or whoever started it is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent ends us
-    signal.signal(signal.SIGTERM, _stop)  # by an exception, so that libraries can tidy up
-    threading.Thread(target=_follow, daemon=True).start()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    torch.set_num_threads(threads)
-    teller = _Teller(line)
-    logging.captureWarnings(True)
-    logging.basicConfig(handlers=[_Relay(teller)], level=logging.INFO, force=True)
-    try:
-        while True:
-            try:
-                _, job = line.recv()
-            except EOFError:
-                return
-            found = _one(job, lambda done, trace: teller.say("step", done, dict(trace)))
-            teller.say("ended", {k: getattr(found, k) for k in ("record", "error", "refused", "details")})
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # an exception while Python shuts down would only be noise
-
-
-def _stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the system's signature
-    raise SystemExit(128 + number)
-
-
-def _follow() -> None:
-    """End when the parent does, were it by SIGKILL."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-
-class _Teller:
-    """Says things over a line, one after the other, from whatever thread."""
-
-    def __init__(self, line: Connection) -> None:
-        self.line, self.lock = line, threading.Lock()
-
-    def say(self, *what: object) -> None:
-        with self.lock:
-            self.line.send(what)
-
-
-class _Relay(logging.Handler):
-    """What a worker logs is logged where the user looks."""
-
-    def __init__(self, teller: _Teller) -> None:
-        super().__init__()
-        self.teller = teller
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.teller.say("log", record.name, record.levelno, record.getMessage())

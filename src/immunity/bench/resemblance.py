@@ -18,8 +18,8 @@ from immunity.bench.hardened import Hardened
 from immunity.bench.jobs import Job
 from immunity.bench.keeping import Tell, finished
 from immunity.bench.overlaps import Asked, Row, Trained
-from immunity.bench.pool import Outcome
 from immunity.bench.prints import fingerprint, prompt_text
+from immunity.bench.worker import Outcome
 from immunity.data.duplicates import distinct
 from immunity.measure import likeness
 from immunity.measure.suite import Suite

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 from immunity.bench.jobs import Job
-from immunity.bench.pool import Outcome, Watcher
+from immunity.bench.pool import Watcher
+from immunity.bench.worker import Outcome
 
 _LOG = logging.getLogger(__name__)
 

@@ -21,6 +21,7 @@ from immunity.bench.jobs import Job
 from immunity.bench.search import FAMILIES, Search, halves
 from immunity.bench.shown import Shown, quietly
 from immunity.bench.tampered import refuse_other, skipped_row, written
+from immunity.bench.worker import Outcome
 from immunity.data.corpus import Corpora
 from immunity.errors import SettingsError
 from immunity.measure.suite import Suite
@@ -114,6 +115,7 @@ class AutoTamper:
         usable = [recipe for recipe in found if self.base is not None or "base" not in recipe.needs]
         return battery.cascade(battery.bound(usable, self._data, most_steps=self.most_steps))
 
+    @pool.kept()
     def run(self, progress: Shown = quietly) -> dict[str, Any]:
         """Attack, and write ``result.json``.
 
@@ -134,7 +136,7 @@ class AutoTamper:
         searches = self._searches()
         refuse_other(self.folder, self._card())
         check([self._job(r, name) for r in everything for name in self._models])
-        outcomes: dict[str, pool.Outcome] = {}
+        outcomes: dict[str, Outcome] = {}
         broken_by = ""
         for stage in stages(everything):
             if broken_by and not self.exhaustive:
@@ -219,21 +221,21 @@ class AutoTamper:
             "models": [{"model": name, "role": self._role(name)} for name in self._models],
         }
 
-    def _all(self, jobs: Sequence[Assault], progress: Shown) -> dict[str, pool.Outcome]:
+    def _all(self, jobs: Sequence[Assault], progress: Shown) -> dict[str, Outcome]:
         """Title -> outcome of every job; a job that fails is an outcome, too."""
         together = self._run(squad.grouped(jobs), progress)
         outcomes = [*together, *self._run(squad.alone(together), progress)]
         found = {one.job.title: one for outcome in outcomes for one in squad.parted(outcome)}
         return {job.title: found[job.title] for job in jobs}
 
-    def _run(self, jobs: Sequence[Job], progress: Shown) -> list[pool.Outcome]:
+    def _run(self, jobs: Sequence[Job], progress: Shown) -> list[Outcome]:
         if not jobs:
             return []
         threads = self.threads or max(1, pool.cores() // self.workers)
         with progress(jobs, [1.0] * len(jobs)) as shown:
             return pool.run(jobs, workers=self.workers, threads=threads, progress=shown)
 
-    def _broken(self, outcomes: Mapping[str, pool.Outcome]) -> str:
+    def _broken(self, outcomes: Mapping[str, Outcome]) -> str:
         """What broke the model under attack, or "": only its own curves count, never a baseline's."""
         rule = Broken(phi=self.phi)
         for outcome in outcomes.values():
@@ -268,7 +270,7 @@ class AutoTamper:
             for family in FAMILIES
         ]
 
-    def _again(self, recipes: Sequence[Recipe], outcomes: Mapping[str, pool.Outcome]) -> list[Assault]:
+    def _again(self, recipes: Sequence[Recipe], outcomes: Mapping[str, Outcome]) -> list[Assault]:
         """The best recipe of each family again, on every model alike: with fresh seeds, and on fresh prompts.
 
         It is measured again where it did most harm, so each of them goes that far, wherever it breaks a model.

@@ -8,10 +8,11 @@ from typing import Any, Final
 
 from immunity.attacks.ask import INAPPLICABLE
 from immunity.attacks.recipe import Recipe
-from immunity.bench import pool, probes, store
+from immunity.bench import probes, store
 from immunity.bench.assault import Assault, origin
 from immunity.bench.hardened import hardened
 from immunity.bench.hardened import origin as made_from
+from immunity.bench.worker import Outcome
 from immunity.data.corpus import Corpora
 from immunity.errors import ResumeError
 from immunity.measure.suite import Suite
@@ -27,7 +28,7 @@ TRACEBACK: Final = 4000
 def written(
     folder: Path,
     card: Mapping[str, Any],
-    outcomes: Mapping[str, pool.Outcome],
+    outcomes: Mapping[str, Outcome],
     skipped: Sequence[Mapping[str, Any]],
     trials: Sequence[Mapping[str, Any]],
     *,
@@ -104,16 +105,16 @@ def inapplicable(skipped: Sequence[Mapping[str, Any]], model: str) -> list[str]:
     return [f"what cannot be tried: {told}"] if n else []
 
 
-def _inapplicable(outcome: pool.Outcome) -> bool:
+def _inapplicable(outcome: Outcome) -> bool:
     return isinstance(outcome.job, Assault) and outcome.error.startswith(INAPPLICABLE)
 
 
-def _passed_over(outcome: pool.Outcome) -> dict[str, Any]:
+def _passed_over(outcome: Outcome) -> dict[str, Any]:
     row = _failure(outcome)
     return {"defence": row["defence"], "attack": row["attack"], "why": row["error"], "recipe": row["recipe"]}
 
 
-def _failure(outcome: pool.Outcome) -> dict[str, Any]:
+def _failure(outcome: Outcome) -> dict[str, Any]:
     job, why = outcome.job, {"error": outcome.error, "details": _tail(outcome.details)}
     if not isinstance(job, Assault):
         return {"defence": "", "attack": job.title, "seed": 0, **why, "recipe": None}

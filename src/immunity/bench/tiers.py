@@ -25,6 +25,7 @@ class Tier:
         name: "smoke", "standard" or "full".
         says: Who it is for.
         prompts: Held-out prompts of each kind, where there are as many.
+        others: Prompts of the kinds that are not restricted, where an attack is measured; it is not about them.
         battery: For resistance.
         most_steps: Cap on the steps of its attacks; None for none.
         seeds: Of every attack and every honest fine-tuning that a claim rests on.
@@ -33,12 +34,13 @@ class Tier:
         lessons: Honest tasks.
         rates: Learning rates of honest fine-tuning, by adapter.
         lesson_steps: Steps of honest fine-tuning.
-        rounds: 2 also trains once more what was fine-tuned already.
+        rounds: 2 also trains once more what was fine-tuned already, at the rate that its first round chose.
     """
 
     name: str
     says: str
     prompts: int
+    others: int
     battery: str
     most_steps: int | None
     seeds: int
@@ -52,11 +54,12 @@ class Tier:
     @property
     def runs(self) -> int:
         """Fine-tunings besides the battery, for both models together."""
-        return 2 * self.seeds * (2 * self.domains + self.lessons_each * self.rounds)
+        again = self.lessons * len(self.rates) * (self.rounds - 1)
+        return 2 * self.seeds * (2 * self.domains + self.lessons_each + again)
 
     @property
     def lessons_each(self) -> int:
-        """Honest fine-tunings of one model with one seed, in one round."""
+        """Honest fine-tunings of one model with one seed, in the first round."""
         return self.lessons * sum(len(rates) for rates in self.rates.values())
 
     @property
@@ -108,6 +111,7 @@ TIERS: Final[Mapping[str, Tier]] = {
         name="smoke",
         says="a first look; minutes for a tiny model, an hour or so for a small one on a processor",
         prompts=24,
+        others=8,
         battery="smoke",
         most_steps=16,
         seeds=1,
@@ -122,6 +126,7 @@ TIERS: Final[Mapping[str, Tier]] = {
         name="standard",
         says="the one to report for a small model",
         prompts=96,
+        others=48,
         battery="standard",
         most_steps=None,
         seeds=3,
@@ -136,6 +141,7 @@ TIERS: Final[Mapping[str, Tier]] = {
         name="full",
         says="everything; an accelerator, hours",
         prompts=300,
+        others=100,
         battery="plus",
         most_steps=None,
         seeds=5,
@@ -175,13 +181,14 @@ class Pace:
 
     def minutes(self, size: Tier) -> float:
         """How long an audit of a size will take, about: its fine-tunings, its battery, and all their measurements."""
-        look = self.look * size.prompts / 24.0
+        look = self.look * (size.prompts + 2 * size.others) / 72.0
         attacks = 2 * size.domains * size.seeds * 2 * (size.attack_steps * self.step + _LOOKS * look)
-        rounds = 1 + 2 * (size.rounds - 1)  # one that trains twice trains the first round as well
-        lesson = rounds * size.lesson_steps * self.step + size.rounds * _LOOKS * (look + self.look) / 3.0
+        taught, looked = size.lesson_steps * self.step, _LOOKS * self.look * (size.prompts + 16) / 72.0
+        again = size.lessons * len(size.rates) * (size.rounds - 1) * (2 * taught + looked)  # the first round once more
         battery = 2 * (_ATTACKS[size.battery] + 4 * (size.seeds - 1) + 4)
         each = min(size.most_steps or 60, 60) * self.step + _LOOKS * look
-        return (attacks + 2 * size.seeds * size.lessons_each * lesson + battery * each) / 60.0
+        lessons = 2 * size.seeds * (size.lessons_each * (taught + looked) + again)
+        return (attacks + lessons + battery * each) / 60.0
 
 
 _LOOKS: Final = 9

@@ -19,7 +19,7 @@ from immunity.cli.tables import plain_table, show
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from immunity.bench.pool import Outcome
+    from immunity.bench.worker import Outcome
 
 HELP: Final = lines(
     "Ask MODEL the questions of public benchmarks, and with --baseline say whether it is as good as before.",

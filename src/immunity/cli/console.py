@@ -24,7 +24,7 @@ from immunity.cli.pace import Pace, duration
 
 if TYPE_CHECKING:
     from immunity.bench.jobs import Job
-    from immunity.bench.pool import Outcome
+    from immunity.bench.worker import Outcome
 
 out: Final = Console(highlight=False)
 err: Final = Console(stderr=True, highlight=False)
@@ -135,6 +135,7 @@ class Bars:
         self.start = time.monotonic()
         self.began_at: dict[int, float] = {}
         self.spoke_at: dict[int, float] = {}
+        self.writing_since: dict[int, tuple[int, float]] = {}
         wide = err.width >= WIDE
         columns = [
             TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=3)),
@@ -162,21 +163,40 @@ class Bars:
             err.print(f"started   {job.title}", markup=False, soft_wrap=True)
 
     def __call__(self, index: int, done: int, trace: Mapping[str, float]) -> None:
-        """A job has done so many steps."""
+        """A job has done so many steps; before the first it may tell how far it is with what comes before."""
         job, now = self.jobs[index], time.monotonic()
+        if not done and "to rewrite" in trace:
+            return self._rewriting(index, int(trace["rewritten"]), int(trace["to rewrite"]), now)
         if not trace and done:
             err.print(f"goes on   {job.title}: from step {done}", markup=False, soft_wrap=True)
         self.pace.tell(index, done, now)
         shown = [f"{name} {value:.2f}" for name, value in trace.items() if "/" in name and "@" not in name]
         count = f"{done}/{job.steps}"
         self.progress.update(
-            self.tasks[index], completed=done, count=count, left=_left(self.pace.left(index)), note="  ".join(shown)
+            self.tasks[index],
+            total=job.steps,
+            completed=done,
+            count=count,
+            left=_left(self.pace.left(index)),
+            note="  ".join(shown),
         )
         self._whole()
         if not err.is_terminal and now - self.spoke_at[index] >= EVERY and done < job.steps:
             self.spoke_at[index] = now
             told = [f"step {count}", _left(self.pace.left(index)), *shown]
             err.print(f"          {job.title}: {', '.join(filter(None, told))}", markup=False, soft_wrap=True)
+        return None
+
+    def _rewriting(self, index: int, done: int, of: int, now: float) -> None:
+        """Data that are written before they are trained on: a bar of their own, in the place of the job's."""
+        first, since = self.writing_since.setdefault(index, (done, now))
+        left = _left((now - since) / (done - first) * (of - done) if done > first else None)
+        count = f"rewriting {done}/{of}"
+        self.progress.update(self.tasks[index], total=of, completed=done, count=count, left=left)
+        if not err.is_terminal and now - self.spoke_at[index] >= EVERY and done < of:
+            self.spoke_at[index] = now
+            told = ", ".join(filter(None, (count, left)))
+            err.print(f"          {self.jobs[index].title}: {told}", markup=False, soft_wrap=True)
 
     def ended(self, outcome: Outcome, index: int) -> None:
         """A job is done or has failed; failures are told at the end, where they are not overlooked."""

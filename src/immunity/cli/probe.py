@@ -31,7 +31,7 @@ from immunity.cli.options import (
 from immunity.cli.tables import plain_table, show
 
 if TYPE_CHECKING:
-    from immunity.bench.pool import Outcome
+    from immunity.bench.worker import Outcome
 
 WHERE: Final = "Where it looks"
 HELP: Final = lines(

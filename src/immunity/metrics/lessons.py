@@ -19,7 +19,8 @@ class Lesson:
 
     Attributes:
         role: "model" (hardened) or "baseline".
-        use: "search" (only for choosing a rate), "judge" (only for judging), or "" (both, by leaving seeds out).
+        use: "search" (only for choosing a rate), "judge" (only for judging), "given" (judging, at a rate that other
+            runs chose), or "" (both, by leaving seeds out).
         points: (step, accuracy), in the order of the steps.
         per_prompt: Scores of the last point; empty if they are not known.
         n_prompts: Behind each accuracy; 0 if not known.
@@ -70,8 +71,10 @@ def best_rates(lessons: Sequence[Lesson]) -> Chosen:
 
     Runs marked "search" (other seeds, or the same runs asked other prompts) choose for every seed; without them the
     other seeds choose for each. Of equal rates, the least. With one seed and nothing marked it must choose for itself,
-    and that is said.
+    and that is said. Where all rates are given, there is nothing to choose.
     """
+    if lessons and all(one.use == "given" for one in lessons):
+        return Chosen({one.seed: one.lr for one in lessons}, True)
     search = [one for one in lessons if one.use == "search"]
     judges = sorted({one.seed for one in lessons if one.use != "search"})
     if search:
@@ -83,6 +86,19 @@ def best_rates(lessons: Sequence[Lesson]) -> Chosen:
     if len(judges) < 2:
         return Chosen(dict.fromkeys(judges, _best(lessons)) if judges else {}, False)
     return Chosen({seed: _best([one for one in lessons if one.seed != seed]) for seed in judges}, True)
+
+
+def first_rates(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, str, int], float]:
+    """The rate at which a first round is judged: (task, adapter, "model" or "baseline", seed) -> rate.
+
+    Raises:
+        DataError: See :func:`read`.
+    """
+    runs: dict[tuple[str, str, str], list[Lesson]] = {}
+    for one in read(rows):
+        if one.round == 1:
+            runs.setdefault((one.task, one.adapter, one.role), []).append(one)
+    return {(*key, seed): rate for key, mine in runs.items() for seed, rate in best_rates(mine).rates.items()}
 
 
 def area(lesson: Lesson) -> float:
@@ -109,8 +125,8 @@ def _lesson(row: Mapping[str, Any], i: int) -> Lesson:
     if not all(0.0 <= accuracy <= 1.0 for _, accuracy in points):
         raise DataError(f"{where}: an accuracy is no share in [0, 1]; divide percentages by 100")
     use = str(row.get("use") or "")
-    if use not in {"", "search", "judge"}:
-        raise DataError(f'{where}: use is {use!r}; use "search", "judge", or leave it out')
+    if use not in {"", "search", "judge", "given"}:
+        raise DataError(f'{where}: use is {use!r}; use "search", "judge", "given", or leave it out')
     per_prompt = tuple(finite(score) for score in row.get("per_prompt") or ())
     return Lesson(
         task=str(row["task"]),

@@ -71,8 +71,9 @@ def trainability(
     Args:
         rows: One for each run, with ``task``, ``adapter``, ``lr``, ``seed``, ``model`` ("model" for the hardened one,
             or "baseline"), ``points`` ([[step, accuracy], …], accuracy in [0, 1]) and ``diverged``; optional:
-            ``round`` (1; 2 is training that goes on from a model that was fine-tuned already), ``use`` ("search" or
-            "judge"), ``per_prompt`` (scores of the last point, the same prompts for both models) and ``n_prompts``.
+            ``round`` (1; 2 is training that goes on from a model that was fine-tuned already), ``use`` ("search",
+            "judge" or "given"), ``per_prompt`` (scores of the last point, the same prompts for both models) and
+            ``n_prompts``.
         delta: For the final gap, as a share.
         slower: Greatest ratio of steps.
         share: Of the baseline's best, for the steps.
@@ -113,7 +114,7 @@ def _pair(lessons: Sequence[Lesson], where: str) -> Pair:
             doubts.append(f"the rate of the {_name(role)} was chosen on the seed that judges it")
     seeds = {one.seed for one in sides["model"]} & {one.seed for one in sides["baseline"]}
     model, baseline = ([one for one in sides[role] if one.seed in seeds] for role in ("model", "baseline"))
-    search = [one for one in lessons if one.use == "search"] or lessons
+    search = [one for one in lessons if one.use == "search"] or [one for one in lessons if one.use != "given"]
     if len({tuple(sorted((one.lr, one.seed) for one in search if one.role == role)) for role in sides}) > 1:
         doubts.append("the models were not given the same search for a rate")
     if not seeds:
