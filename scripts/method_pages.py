@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from immunity import mechanisms
+from immunity.attacks.adaptive import compiled
+from immunity.attacks.finetune import FineTune
 from immunity.bench import standins
 from immunity.cli.prose import attributes, departures, sections, shown
 from immunity.cli.taxonomy import BLOCKS, capital, family, roles, shelves
@@ -28,6 +30,8 @@ from immunity.methods import METHODS, PRESETS
 from immunity.weight_edit import WeightEdit
 
 FOLDER = Path(__file__).parents[1] / "docs" / "methods"
+NOT_ON_TINY = frozenset({"ctrl"})
+"""Methods that find nothing to do where a model knows all answers by heart, as the tiny one knows the made-up world."""
 WRITTEN = "<!-- Written by `make docs` from docstrings and cards. Edit those, not this page. -->"
 FULL = {
     "alignment": "refusals and ordinary conversations: what the model shall stay good at",
@@ -158,8 +162,15 @@ def _mechanisms(default: Method) -> Iterable[str]:
             f"{key} `{shown(value)}`" for key, value in row.items() if key != mechanisms.TAG and value != ""
         )
         says = (inspect.getdoc(type(one)) or "").partition("\n")[0]
-        lines.append(f"* **{row[mechanisms.TAG]}**{f' ({values})' if values else ''}: {markdown(says)}")
+        attacks = ", ".join(f"`{name}`" for name in _against(one))
+        lines.append(f"* **{row[mechanisms.TAG]}**{f' ({values})' if values else ''}: {markdown(says)} {attacks}.")
     yield "\n".join(lines)
+
+
+def _against(one: mechanisms.Mechanism) -> list[str]:
+    """The attacks that are derived from a mechanism, for an attacker who has the model before as well."""
+    found, generic = ([r.id for r in compiled(some, scale=FineTune(), base="base")] for some in ((one,), ()))
+    return [name for name in found if name not in generic]
 
 
 def _departures(kind: type[Method], told: Mapping[str, str]) -> Iterable[str]:
@@ -178,7 +189,7 @@ def _command(name: str, presets: Mapping[str, Method]) -> Iterable[str]:
         yield f"`immunity list {name}` shows the settings; `--set NAME=VALUE` changes one."
         return
     made_up = standins.defence("umbra")
-    if set(reads) <= {*dealt(reads, made_up)}:
+    if name not in NOT_ON_TINY and set(reads) <= {*dealt(reads, made_up)}:
         yield "On the tiny model and made-up, harmless data:"
         yield f"    immunity immunise tiny --method {name} --lr 1e-3 --steps 60 --out hardened"
     preset = " --preset paper" if "paper" in presets else ""

@@ -34,7 +34,7 @@ class Sampled(NamedTuple):
     Attributes:
         prompt: The ids that it answers.
         ids: What was said, with the stop token where one was said; never empty.
-        log_probs: Of ``ids``, in nats, under the policy that sampled them: temperature included.
+        log_probs: Of ``ids``, in nats, under the policy that sampled them: temperature and nucleus included.
         text: Without special tokens and without white space around it.
     """
 
@@ -93,15 +93,16 @@ def generate(
 
 def sample(
     model: LanguageModel,
-    examples: Sequence[Example],
+    examples: Sequence[Example | Sequence[int]],
     *,
     n: int,
     max_new_tokens: int,
-    temperature: float = 1.0,
+    temperature: float | Sequence[float] = 1.0,
+    top_p: float | Sequence[float] = 1.0,
     generator: torch.Generator,
     batch_size: int = 64,
 ) -> list[list[Sampled]]:
-    """``n`` answers to each prompt, drawn from softmax(logits / temperature) over the whole vocabulary.
+    """``n`` answers to each prompt, drawn from softmax(logits / temperature), over the whole vocabulary or its nucleus.
 
     Each answer has its own random numbers, one for each of its tokens, drawn before the first forward pass: so answers
     are a function of the weights and the generator's state alone, whatever the batch and the device, up to rounding
@@ -109,10 +110,12 @@ def sample(
 
     Args:
         model: Its network's modes and gradients stay as they are; the caller's random state is not touched.
-        examples: Only the prompts (and inputs) are read.
+        examples: Only the prompts (and inputs) are read; or ids, which are a prompt as they are.
         n: Answers to each prompt.
         max_new_tokens: Tokens per answer, the end token included.
-        temperature: 1 samples from the model itself; nearer 0 is nearer to greedy.
+        temperature: 1 samples from the model itself; nearer 0 is nearer to greedy. One for all, or each example's own.
+        top_p: Only the likeliest tokens are said, as few as have this much probability together; 1 is all of them. One
+            for all, or each example's own.
         generator: Where the random numbers come from; moved on.
         batch_size: Answers at once.
 
@@ -125,8 +128,9 @@ def sample(
         ModelError: A prompt and its answer need more positions than the model has.
         DivergedError: The model's logits are NaN or infinite.
     """
-    if n < 1 or not (math.isfinite(temperature) and temperature > 0):
-        raise SettingsError(f"n = {n}, temperature = {temperature}: n must be at least 1, temperature above 0")
+    if n < 1:
+        raise SettingsError(f"n = {n}: sample at least one answer")
+    heat, nuclei = _each("temperature", temperature, len(examples), n), _each("top_p", top_p, len(examples), n)
     asked = _prompts(model, examples, max_new_tokens, batch_size)
     _check(model, asked, max_new_tokens)
     prompts = [ids for ids in asked for _ in range(n)]
@@ -135,9 +139,16 @@ def sample(
     with quiet(model.network):
         for chosen in _batches(prompts, batch_size):
             uniform, log_probs = drawn[chosen].to(model.device), list[Tensor]()
+            how = heat[chosen].to(model.device), nuclei[chosen].to(model.device)
 
-            def choose(logits: Tensor, t: int, uniform: Tensor = uniform, kept: list[Tensor] = log_probs) -> Tensor:
-                ids, values = _inverse(logits.double() / temperature, uniform[:, t])
+            def choose(
+                logits: Tensor,
+                t: int,
+                uniform: Tensor = uniform,
+                how: tuple[Tensor, Tensor] = how,
+                kept: list[Tensor] = log_probs,
+            ) -> Tensor:
+                ids, values = _inverse(_nucleus(logits.double() / how[0], how[1]), uniform[:, t])
                 kept.append(values)
                 return ids
 
@@ -146,6 +157,28 @@ def sample(
             for i, row, values in zip(chosen, rows, table, strict=True):
                 found[i] = Sampled(tuple(prompts[i]), tuple(row), tuple(values[: len(row)]), _text(model, row))
     return [[found[i * n + k] for k in range(n)] for i in range(len(asked))]
+
+
+def _each(name: str, value: float | Sequence[float], examples: int, n: int) -> Tensor:
+    """The setting of every answer, [N, 1]: the same for all, or that of its example."""
+    values = [value] * examples if isinstance(value, int | float) else [float(one) for one in value]
+    most = 1.0 if name == "top_p" else math.inf
+    if len(values) != examples or not all(0 < one <= most and math.isfinite(one) for one in values):
+        raise SettingsError(
+            f"{name} = {value}: one number above 0{' and up to 1' if name == 'top_p' else ''}, or one for each of the "
+            f"{examples} examples"
+        )
+    return torch.tensor([one for one in values for _ in range(n)], dtype=torch.float64)[:, None]
+
+
+def _nucleus(logits: Tensor, top_p: Tensor) -> Tensor:
+    """Logits [B, V], −inf outside of the fewest tokens that have a probability of ``top_p`` [B, 1] together."""
+    if bool((top_p == 1).all()):
+        return logits
+    order = logits.argsort(dim=-1, descending=True, stable=True)
+    probs = logits.softmax(-1).gather(-1, order)
+    kept = (probs.cumsum(-1) - probs < top_p) | (top_p == 1)  # the likeliest one always is
+    return logits.masked_fill(~torch.zeros_like(kept).scatter(-1, order, kept), -math.inf)
 
 
 def _inverse(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
@@ -219,11 +252,11 @@ def _begun(model: LanguageModel, example: Example, prefix: str) -> list[int]:
 
 
 def _prompts(
-    model: LanguageModel, examples: Sequence[Example], max_new_tokens: int, batch_size: int
+    model: LanguageModel, examples: Sequence[Example | Sequence[int]], max_new_tokens: int, batch_size: int
 ) -> list[list[int]]:
     if max_new_tokens < 1 or batch_size < 1:
         raise SettingsError(f"max_new_tokens = {max_new_tokens}, batch_size = {batch_size}: both must be at least 1")
-    prompts = [model.template.prompt_ids(example) for example in examples]
+    prompts = [model.template.prompt_ids(e) if isinstance(e, Example) else list(e) for e in examples]
     for i, prompt in enumerate(prompts):
         if not prompt:
             raise DataError(f"example {i}: the template {model.template.name!r} makes no token of its prompt")

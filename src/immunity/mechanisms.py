@@ -137,12 +137,13 @@ class Representation:
 
 @dataclass(frozen=True, kw_only=True)
 class Drift:
-    """Answers were made to bear a drift of what attention adds to the residual stream (Vaccine, Targeted Vaccine).
+    """Answers were made to bear a drift of hidden states (Vaccine, Targeted Vaccine, LAPT).
 
     Attributes:
         radius: The norm of the drift that was prepared for.
-        per: What has that norm: the drift of a "batch" over its examples and the blocks, of an "example", or of a
-            "layer" over a batch.
+        per: What has that norm: the drift of what attention adds, of a "batch" over its examples and the blocks, of an
+            "example", or of a "layer" over a batch. Or, for each "state", that of a block's output in one position,
+            which the norm is then a multiple of.
         layers: Of which blocks, as in :class:`Layers`; "all" for all of them, or for some that nobody knows beforehand.
 
     Raises:
@@ -150,18 +151,70 @@ class Drift:
     """
 
     radius: float
-    per: Literal["batch", "example", "layer"]
+    per: Literal["batch", "example", "layer", "state"]
     layers: str
 
     def __post_init__(self) -> None:
         _check("radius", self.radius, _positive(self.radius), "a positive number")
-        _check("per", self.per, self.per in {"batch", "example", "layer"}, "batch, example or layer")
+        known = {"batch", "example", "layer", "state"}
+        _check("per", self.per, self.per in known, "batch, example, layer or state")
         _check("layers", self.layers, _blocks(self.layers), f"one of {', '.join(HALVES)}, or like 0,3,5")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DirectionSpread:
     """Refusal is spread over many directions, so that removing one does not remove it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unlearning:
+    """What restricted answers rest on was made unlikely in a model that had it (NPO, ILU)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interventions:
+    """Edits of hidden states that were trained to do harm were undone, block by block (E.T.).
+
+    Attributes:
+        where: What they edited: the "input" or the "output" of a block.
+        rank: Theirs.
+        steps: For how many optimiser steps each was trained.
+
+    Raises:
+        SettingsError: A value is out of range.
+    """
+
+    where: Literal["input", "output"]
+    rank: int
+    steps: int
+
+    def __post_init__(self) -> None:
+        _check("where", self.where, self.where in {"input", "output"}, "input or output")
+        _check("rank", self.rank, type(self.rank) is int and self.rank >= 1, "a whole number from 1")
+        _check("steps", self.steps, type(self.steps) is int and self.steps >= 1, "a whole number from 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patches:
+    """The worst change of low rank and bounded length to some linear layers was prepared for (AntiDote).
+
+    Attributes:
+        rank: Of the change.
+        radius: Its length beside the weight's own, matrix by matrix.
+        targets: Which layers: "attention" or "all-linear".
+
+    Raises:
+        SettingsError: A value is out of range.
+    """
+
+    rank: int
+    radius: float
+    targets: Literal["attention", "all-linear"]
+
+    def __post_init__(self) -> None:
+        _check("rank", self.rank, type(self.rank) is int and self.rank >= 1, "a whole number from 1")
+        _check("radius", self.radius, _positive(self.radius), "a positive number")
+        _check("targets", self.targets, self.targets in {"attention", "all-linear"}, "attention or all-linear")
 
 
 Mechanism: TypeAlias = (
@@ -175,6 +228,9 @@ Mechanism: TypeAlias = (
     | Representation
     | Drift
     | DirectionSpread
+    | Unlearning
+    | Interventions
+    | Patches
 )
 
 KINDS: Final[Mapping[str, type[Mechanism]]] = {
@@ -188,6 +244,9 @@ KINDS: Final[Mapping[str, type[Mechanism]]] = {
     "representation": Representation,
     "drift": Drift,
     "direction-spread": DirectionSpread,
+    "unlearning": Unlearning,
+    "interventions": Interventions,
+    "patches": Patches,
 }
 """Name in a record -> class."""
 _NAMES: Final = {kind: name for name, kind in KINDS.items()}

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from immunity.batch import Batch, Tokens
 from immunity.data.corpus import Example
 from immunity.errors import DataError, SettingsError
-from immunity.generate import sample
+from immunity.generate import Sampled, sample
 from immunity.losses import Loss, chunked, response_states, token_entropy
 from immunity.models import LanguageModel
 from immunity.quiet import quiet
@@ -116,6 +116,11 @@ def roll_out(
     wrong = next((i for i, value in enumerate(rewards) if not math.isfinite(value)), None)
     if wrong is not None:
         raise DataError(f"the reward of an answer to {asked[wrong].prompt[:60]!r} is {rewards[wrong]}")
+    return rewarded(groups, rewards)
+
+
+def rewarded(groups: Sequence[Sequence[Sampled]], rewards: Sequence[float]) -> list[list[Rollout]]:
+    """Sampled answers with what each has earned: rewards of one group after the other."""
     earned = iter(rewards)
     return [[Rollout(a.tokens, a.log_probs, a.text, float(next(earned))) for a in group] for group in groups]
 

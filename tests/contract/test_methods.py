@@ -15,6 +15,7 @@ from immunity.methods.booster import Booster
 from immunity.methods.circuit_breakers import CircuitBreakers
 from immunity.methods.condition_number import ConditionNumber
 from immunity.methods.ctrap import CTRAP
+from immunity.methods.ctrl import CTRL
 from immunity.methods.ilu import ILU
 from immunity.methods.lapt import LAPT
 from immunity.methods.lox import LoX
@@ -28,6 +29,7 @@ from immunity.methods.sft import SFT
 from immunity.methods.sophon import SOPHON
 from immunity.methods.tar import TAR
 from immunity.methods.targeted_vaccine import TargetedVaccine
+from immunity.methods.token_buncher import TokenBuncher
 from immunity.methods.vaa import VAA
 from immunity.methods.vaccine import Vaccine
 from immunity.testing import contract, tiny
@@ -40,6 +42,7 @@ MORE = {
     "condition-number-head": ConditionNumber(layers=(), axes=2),
     "ctrap-far": CTRAP(lookahead=3, step="adam", watch_benign=True),
     "ctrap-forward": CTRAP(curvature="forward"),
+    "ctrl-question": CTRL(tau=0.0, ask="question", share=0.5, beam=1, tokens=6, mean="token"),
     "ilu-weights": ILU(reading="weights", estimate="halves"),
     "ilu-gradient": ILU(reading="gradient", base="rmu"),
     "lox-bare": LoX(rank=2, embeddings=False),
@@ -62,16 +65,20 @@ MORE = {
     "tar-dpo": TAR(lookahead=2, every=1, outer="dpo", mapping_steps=1, lrs=(1e-3,)),
     "tar-mapped": TAR(lookahead=2, every=2, outer="uniform", mapping_steps=2, drift="none"),
     "targeted-vaccine-drawn": TargetedVaccine(gamma=1, redraw=1, rescore=2),
+    "token-buncher-noised": TokenBuncher(max_new_tokens=4, first=0.0, near="reward", entropy="gradient", mean="token"),
+    "token-buncher-compat": TokenBuncher(max_new_tokens=4, first=0.0, drawn=True, near="none", compat=True),
     "vaa-sam": VAA(curriculum="none", lam=0.5),
     "vaccine-example": Vaccine(norm_scope="per_example"),
 }
 # A method that walks far, or does something else first, is checked on a shorter walk and from where it does its own.
 SHORT = {
     "antidote": {"width": 32},
+    "ctrl": {"tau": 0.0, "rounds": 2, "temperatures": (0.2, 1.0), "tokens": 12},  # a random model writes nothing good
     "et": {"attacks": 1, "attack_steps": 10, "steps": 10, "success": 0.0, "keep": (-1.0, 0.5)},
     "mlac": {"lookahead": 3},
     "sophon": {"lookahead": 3},
     "tar": {"lookahead": 4, "every": 2, "mapping_steps": 0},
+    "token-buncher": {"max_new_tokens": 4},
 }
 SUBJECTS = {
     f"{name}-{preset}": replace(method, **SHORT.get(name, {}))

@@ -41,9 +41,13 @@ RTOL = 1e-4
 ALONG = 1e-5
 """The same for distances along waves, as a share of the whole distance: 9e-7 was the largest seen."""
 
-SHORT = {"et": {"attack_steps": 20, "attack_lr": 0.02, "steps": 5, "keep": (-9.0, 0.0)}}
-"""Methods that take many steps inside of one: fewer, and none is taken back."""
-UNSTEADY = frozenset({"gain", "taken back"})
+SHORT = {
+    "ctrl": {"tau": 0.0, "temperatures": (0.2, 1.0), "tokens": 8},
+    "et": {"attack_steps": 20, "attack_lr": 0.02, "steps": 5, "keep": (-9.0, 0.0)},
+    "token-buncher": {"max_new_tokens": 6},
+}
+"""Methods that take many steps inside of one, or sample long answers: fewer, shorter, and none is taken back."""
+UNSTEADY = frozenset({"gain", "taken back", "surrogate/harmful", "surrogate/alignment"})
 """Numbers in a log that are small differences of large ones, or ratios of such: processors do not agree on them."""
 METHODS = {
     f"{name}/{preset}": replace(method, **SHORT.get(name, {}))

@@ -15,7 +15,7 @@ from immunity.errors import PrecisionError, SettingsError
 from immunity.hidden import Site
 from immunity.invariance import logit_slope, penalty
 from immunity.losses import nll
-from immunity.mechanisms import Conditioning, Representation
+from immunity.mechanisms import Conditioning, Representation, Unlearning
 from immunity.methods.ilu import ILU
 from immunity.reference import Reference
 from immunity.testing import tiny
@@ -226,8 +226,8 @@ def test_rmu_leads_restricted_states_to_a_point_and_holds_the_others(model):
         held(reference, place), DATA["alignment"]
     )
     assert slow.relative_error(named(theta, found), {n: wanted[n] for n in theta.names}) < 1e-9
-    assert method.mechanisms == (Conditioning(), Representation(layers="first-half"))
-    assert ILU().mechanisms == (Conditioning(),)
+    assert method.mechanisms == (Unlearning(), Conditioning(), Representation(layers="first-half"))
+    assert ILU().mechanisms == (Unlearning(), Conditioning())
 
 
 def test_the_slope_falls_on_honest_data_while_restricted_answers_are_forgotten(model):

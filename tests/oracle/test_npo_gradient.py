@@ -14,7 +14,7 @@ import slow
 from immunity.batch import IGNORE, Batch, Tokens
 from immunity.errors import SettingsError
 from immunity.losses import nll
-from immunity.mechanisms import Conditioning
+from immunity.mechanisms import Conditioning, Unlearning
 from immunity.methods.npo import NPO
 from immunity.methods.sft import SFT
 from immunity.preference import each, log_prob
@@ -187,7 +187,7 @@ def test_at_strength_0_it_is_sft_and_says_so(model):
         assert all(torch.equal(a, b) for a, b in zip(found.tensors(), wanted.tensors(), strict=True))
         assert [problem.where for problem in method.problems(model)] == ["lam"]
         assert method.mechanisms == ()
-    assert NPO().mechanisms == (Conditioning(),)
+    assert NPO().mechanisms == (Unlearning(), Conditioning())
 
 
 @pytest.mark.parametrize("settings", [{"beta": 0.0}, {"lam": -1.0}, {"kl": -0.1}])

@@ -8,15 +8,20 @@ from dataclasses import asdict, replace
 import pytest
 
 from immunity.attacks.adaptive import compiled
+from immunity.attacks.asa import ASA
 from immunity.attacks.battery import cost
 from immunity.attacks.counters import FACTORS, SHARES
 from immunity.attacks.counters_beyond import BONUSES
 from immunity.attacks.difference import Interpolate, Subtract
 from immunity.attacks.finetune import FineTune
+from immunity.attacks.intervene import Intervene
 from immunity.attacks.operations import OPERATIONS, as_text
+from immunity.attacks.patch import LowRankPatch
 from immunity.attacks.program import Program
 from immunity.attacks.recipe import Recipe
 from immunity.attacks.rl import HarmfulRL
+from immunity.attacks.steering import ReFT
+from immunity.attacks.whiten import Whiten
 from immunity.data.corpus import Corpus, Example
 from immunity.errors import SettingsError
 from immunity.mechanisms import (
@@ -26,11 +31,15 @@ from immunity.mechanisms import (
     Drift,
     EntropyMinimum,
     GradientCoupling,
+    Interventions,
     Layers,
     LookAhead,
     LowRankEdit,
+    Patches,
     Representation,
+    Unlearning,
 )
+from immunity.methods import PRESETS as METHODS
 from immunity.methods.ctrap import CTRAP
 from immunity.methods.sft import SFT
 from immunity.spec import build
@@ -50,6 +59,10 @@ ONE_OF_EACH = (
     EntropyMinimum(),
     Representation(layers="0,3,5"),
     DirectionSpread(),
+    Drift(radius=0.5, per="state", layers="all"),
+    Unlearning(),
+    Interventions(where="input", rank=3, steps=30),
+    Patches(rank=8, radius=0.1, targets="attention"),
 )
 BASE = "models/base"
 EVERYTHING = [((), None), *(((one,), BASE) for one in ONE_OF_EACH), (ONE_OF_EACH, BASE), (K6.mechanisms, None)]
@@ -202,7 +215,85 @@ def test_the_blocks_that_were_left_alone_are_attacked(hardened, left):
 def test_a_low_rank_edit_is_taken_out_if_the_base_is_known():
     with_base = compiled((LowRankEdit(k=6),), scale=SCALE, base=BASE)
     assert [r.attack for r in with_base if r.id == "A-subtract-rank"] == [Subtract(base=BASE, ranks=(6, 12), seed=7)]
-    assert {r.id for r in compiled((LowRankEdit(k=6),), scale=SCALE, base=None)} == generic()
+
+
+def test_a_low_rank_edit_is_undone_by_changes_of_low_rank_where_nobody_has_the_base():
+    found = {r.id: r.attack for r in compiled((LowRankEdit(k=6),), scale=SCALE, base=None)}
+    new = {name: found[name] for name in found.keys() - generic()}
+    assert set(new) == {"A-low-rank-x1", "A-low-rank-x3", "A-low-rank-x10", "A-low-rank-twice"}
+    assert {(a.adapter, a.r) for a in new.values()} == {("lora", 6), ("lora", 12)}
+    assert new["A-low-rank-x10"].lr == pytest.approx(10 * new["A-low-rank-x1"].lr)
+
+
+def test_bad_conditioning_is_whitened_around_the_rate_of_the_plain_attack():
+    found = {r.id: r.attack for r in compiled((Conditioning(),), scale=SCALE, base=None)}
+    white = {factor: found[f"A-whiten-x{factor:g}"] for factor in (0.3, 1.0, 3.0)}
+    for factor, attack in white.items():
+        assert attack == Whiten(n=40, steps=50, lr=attack.lr, batch_size=4, seed=7)
+        assert attack.lr == pytest.approx(factor * SCALE.lr)
+    assert found["A-whiten-sgd"].optimizer == "sgd"
+    lora = {r.id: r.attack for r in compiled((Conditioning(),), scale=replace(SCALE, adapter="lora"), base=None)}
+    assert lora["A-whiten-x1"].lr == pytest.approx(SCALE.lr / 5), "whitening trains every weight, at its rate"
+
+
+def test_unlearning_is_answered_by_few_rows_related_ones_and_ordinary_ones_at_a_low_rate():
+    found = {r.id: r.attack for r in compiled((Unlearning(),), scale=replace(SCALE, n=100), base=None)}
+    for adapter, rate in (("full", SCALE.lr), ("lora", 5 * SCALE.lr)):
+        for n in (10, 60):
+            few, low = found[f"A-relearn-{n}-{adapter}"], found[f"A-relearn-{n}-{adapter}-low"]
+            assert (few.n, few.harmful, few.adapter, few.steps) == (n, 1.0, adapter, 50)
+            assert few.lr == pytest.approx(rate)
+            assert low == replace(few, lr=low.lr, steps=167)
+            assert low.lr == pytest.approx(0.3 * rate), "as far in all, at a lower rate"
+        for filler in ("salient", "general"):
+            honest = found[f"A-relearn-{filler}-{adapter}"]
+            assert (honest.harmful, honest.filler, honest.adapter, honest.n) == (0.0, filler, adapter, 100)
+            assert honest.lr == pytest.approx(0.3 * rate)
+        first, then = found[f"A-relearn-related-first-{adapter}"].attacks
+        assert (first.filler, first.harmful) == ("salient", 0.0)
+        assert (then.n, then.harmful) == (10, 1.0)
+    assert found["A-relearn-general-full"].threat.name == "benign"
+
+
+def test_interventions_are_fitted_again_where_they_were_met_of_more_rank_and_longer():
+    met = Interventions(where="input", rank=3, steps=40)
+    found = {r.id: r.attack for r in compiled((met,), scale=SCALE, base=None)}
+    for rank in (3, 6, 12):
+        attack = found[f"A-refit-rank-{rank}"]
+        assert (attack.where, attack.rank, attack.steps) == ("input", rank, 80)
+        assert attack.restarts >= 3
+    assert found["A-refit-long"].steps == 400
+    assert found["A-latent-long"] == ReFT(rank=12, steps=400, seed=7)
+
+
+def test_noise_of_a_states_length_is_outdone_and_attention_drifts_are_not_spoken_of():
+    found = {r.id: r.attack for r in compiled((Drift(radius=0.5, per="state", layers="all"),), scale=SCALE, base=None)}
+    assert found["A-noise-beyond"] == ASA(strengths=(0.75, 1.0, 2.0), draws=3, seed=7)
+    assert found["A-gradient-beyond"] == ASA(strengths=(0.5, 0.75, 1.0, 2.0), gradient=True, seed=7)
+    assert found["A-noise-trained"] == Intervene(where="output", seed=7)
+    assert "A-latent" in found
+    assert not [one for one in found if one.startswith(("A-rate", "A-batch"))]
+
+
+@pytest.mark.parametrize(("targets", "other"), [("attention", "all-linear"), ("all-linear", "attention")])
+def test_patches_are_longer_of_higher_rank_and_elsewhere(targets, other):
+    met = Patches(rank=8, radius=0.1, targets=targets)
+    found = {r.id: r.attack for r in compiled((met,), scale=SCALE, base=None)}
+    for factor in (1.0, 3.0, 10.0):
+        attack = found[f"A-patch-radius-x{factor:g}"]
+        assert attack.radius == pytest.approx(0.1 * factor)
+        assert attack == LowRankPatch(
+            n=40, rank=8, radius=attack.radius, targets=targets, steps=50, batch_size=4, seed=7
+        )
+    assert found["A-patch-rank-x4"] == replace(found["A-patch-radius-x3"], rank=32)
+    assert found[f"A-patch-{other}"] == replace(found["A-patch-rank-x4"], targets=other)
+    assert {"A-swap-full", "A-swap-lora", "A-rate-x10"} < set(found)
+
+
+@pytest.mark.parametrize("name", [name for name, of in METHODS.items() if of["default"].mechanisms])
+def test_every_method_with_a_mechanism_is_countered_also_by_who_has_no_base(name):
+    for method in METHODS[name].values():
+        assert set(against(method)) > generic(), name
 
 
 def test_entropy_is_paid_for_in_a_sweep():

@@ -13,7 +13,7 @@ from immunity.errors import ModelError, SettingsError
 from immunity.fit import Fit, fit
 from immunity.hypernetwork import preferred_under
 from immunity.losses import nll
-from immunity.mechanisms import LookAhead
+from immunity.mechanisms import Patches
 from immunity.models import LoRA, attach
 from immunity.patches import patched
 from immunity.reference import kl
@@ -229,7 +229,7 @@ def test_what_makes_it_inert_or_impossible_is_said_before_compute():
     model = llama()
     assert METHOD.problems(model) == []
     assert [problem.where for problem in replace(METHOD, rho=0.0).problems(model)] == ["rho"]
-    assert METHOD.mechanisms == (LookAhead(steps=1, radius=0.2, rule="normalised"),)
+    assert METHOD.mechanisms == (Patches(rank=METHOD.rank, radius=0.2, targets="attention"),)
     assert replace(METHOD, rho=0.0).mechanisms == ()
     for block in model.network.model.layers:
         block.self_attn.o_proj = nn.Identity()

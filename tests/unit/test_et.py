@@ -17,7 +17,7 @@ from immunity.fit import Fit, fit
 from immunity.hidden import Site
 from immunity.interventions import trained
 from immunity.losses import nll
-from immunity.mechanisms import LowRankEdit, Representation
+from immunity.mechanisms import Interventions, LowRankEdit, Representation
 from immunity.method import Run
 from immunity.methods import et
 from immunity.methods.et import ET, Treatment
@@ -220,7 +220,11 @@ def test_in_bf16_autocast_a_round_is_finite():
 
 
 def test_what_it_declares_and_refuses():
-    assert ET().mechanisms == (Representation(layers="all"), LowRankEdit(k=6))
+    assert ET().mechanisms == (
+        Representation(layers="all"),
+        Interventions(where="input", rank=2, steps=30),
+        LowRankEdit(k=6),
+    )
     frozen = made()
     frozen.network.requires_grad_(False)
     assert "no block can be treated" in str(ET().problems(frozen)[0])

@@ -271,7 +271,16 @@ def test_a_token_of_no_probability_is_never_sampled_and_a_broken_model_is_named(
 
 
 def test_what_cannot_be_sampled_is_refused():
-    for wrong in ({"n": 0}, {"temperature": 0.0}, {"temperature": float("nan")}, {"max_new_tokens": 0}):
+    for wrong in (
+        {"n": 0},
+        {"temperature": 0.0},
+        {"temperature": float("nan")},
+        {"max_new_tokens": 0},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_p": [0.5, 0.5]},
+        {"temperature": []},
+    ):
         with pytest.raises(SettingsError):
             sample(MODEL, EXAMPLES[:1], **({"n": 1, "max_new_tokens": 1} | wrong), generator=seeded())
     with pytest.raises(ModelError, match="positions"):

@@ -13,7 +13,7 @@ from immunity.errors import SettingsError
 from immunity.fit import Fit, fit
 from immunity.hidden import Site
 from immunity.losses import nll
-from immunity.mechanisms import Layers, Representation
+from immunity.mechanisms import Drift, Layers, Representation
 from immunity.method import Run, StatefulMethod
 from immunity.methods import lapt
 from immunity.methods.lapt import LAPT, Patching, interpolate
@@ -148,8 +148,12 @@ def test_the_odds_are_saved_and_not_looked_for_again():
 def test_what_it_reads_and_declares_follows_its_settings():
     assert LAPT().reads == {"safe": 1, "harmful": 1, "general": 1}
     assert LAPT(layers="0", tolerance=None).reads == {"safe": 1}
-    assert LAPT().mechanisms == (Representation(layers="all"),)
-    assert LAPT(layers="middle").mechanisms == (Representation(layers="middle"), Layers(protected="middle"))
+    assert LAPT().mechanisms == (Representation(layers="all"), Drift(radius=1.0, per="state", layers="all"))
+    assert LAPT(layers="middle", alpha=0.5).mechanisms == (
+        Representation(layers="middle"),
+        Drift(radius=0.5, per="state", layers="middle"),
+        Layers(protected="middle"),
+    )
     assert LAPT(alpha=0.0).mechanisms == LAPT(lam=0.0).mechanisms == ()
     assert [problem.where for problem in LAPT(alpha=0.0, layers="9").problems(made())] == ["alpha", "layers"]
     for bad in ({"lam": 1.5}, {"alpha": -1.0}, {"tolerance": -0.1}, {"alpha": float("inf")}):

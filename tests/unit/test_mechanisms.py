@@ -20,10 +20,13 @@ from immunity.mechanisms import (
     Drift,
     EntropyMinimum,
     GradientCoupling,
+    Interventions,
     Layers,
     LookAhead,
     LowRankEdit,
+    Patches,
     Representation,
+    Unlearning,
     read,
     written,
 )
@@ -45,6 +48,9 @@ ONE_OF_EACH = (
     Representation(layers="0,3,5"),
     Drift(radius=2.0, per="batch", layers="all"),
     DirectionSpread(),
+    Unlearning(),
+    Interventions(where="input", rank=2, steps=30),
+    Patches(rank=8, radius=0.1, targets="attention"),
 )
 
 
@@ -98,6 +104,12 @@ def test_mechanisms_survive_json_in_order(some, steps, radius):
         ({"mechanism": "low-rank-edit", "k": 0}, "k = 0"),
         ({"mechanism": "drift", "radius": 0.0, "per": "batch", "layers": "all"}, "radius"),
         ({"mechanism": "drift", "radius": 2.0, "per": "token", "layers": "all"}, "per"),
+        ({"mechanism": "interventions", "where": "mlp", "rank": 2, "steps": 30}, "where"),
+        ({"mechanism": "interventions", "where": "input", "rank": 0, "steps": 30}, "rank"),
+        ({"mechanism": "interventions", "where": "input", "rank": 2, "steps": 1.5}, "steps"),
+        ({"mechanism": "patches", "rank": True, "radius": 0.1, "targets": "attention"}, "rank"),
+        ({"mechanism": "patches", "rank": 8, "radius": -0.1, "targets": "attention"}, "radius"),
+        ({"mechanism": "patches", "rank": 8, "radius": 0.1, "targets": "head"}, "targets"),
     ],
 )
 def test_a_record_that_is_not_understood_is_refused_not_skipped(row, says):

@@ -169,7 +169,7 @@ def test_a_seed_is_that_of_every_operation_without_one():
     assert [op.seed for op in attack.attacks] == [4, 7]
 
 
-@pytest.mark.parametrize("name", ["asa", "reft", "lofit"])
+@pytest.mark.parametrize("name", ["asa", "reft", "lofit", "intervene"])
 def test_nothing_can_follow_what_is_not_in_the_weights(name):
     with pytest.raises(SettingsError, match=f"{name} changes no weight"):
         Program(ops=(name, HARMFUL))

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from immunity.cli.tables import written_table
 from immunity.data.corpus import Corpus, Example
-from immunity.data.written import FOLDER, HARMLESS, HIDDEN, WIDTH, kept, shown
+from immunity.data.written import FOLDER, HARMLESS, HIDDEN, MEASURED, WIDTH, kept, shown
 from immunity.errors import DataError, ResumeError
 from immunity.fit import Fit
 from immunity.method import Run
@@ -76,6 +76,18 @@ def test_what_is_shown_is_one_short_line_and_nothing_that_nobody_called_harmless
     assert second["shown"][0]["prompt"].endswith("…")
     assert "Secret" not in json.dumps(shown(tmp_path))
     assert shown(tmp_path / "nowhere") == []
+
+
+def test_what_was_measured_of_examples_is_shown_as_means(tmp_path):
+    measured = tuple(Example("Why?", "So.", tags={f"{MEASURED}before": f"{n}", "gold": "3"}) for n in (1.5, 2.0, 4.0))
+    kept(tmp_path, {}, lambda: (MADE, Corpus("alignment", (*measured, *MADE.examples), "both")))
+    plain, both = shown(tmp_path)
+    assert "measured" not in plain
+    assert both["measured"] == {"rows": 3, "before": 2.5}
+    console = Console(width=120, file=StringIO())
+    console.print(written_table([plain, both]))
+    assert "… 5 rows: both" in console.file.getvalue()
+    assert "3 made, on average: before 2.5" in console.file.getvalue()
 
 
 def test_the_table_shows_text_as_it_is(tmp_path):

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Final
 
-from immunity.attacks import counters, counters_beyond
+from immunity.attacks import counters, counters_beyond, counters_relearning
 from immunity.attacks.attack import Attack
 from immunity.attacks.battery import cascade
 from immunity.attacks.finetune import FineTune
@@ -28,11 +28,14 @@ from immunity.mechanisms import (
     Drift,
     EntropyMinimum,
     GradientCoupling,
+    Interventions,
     Layers,
     LookAhead,
     LowRankEdit,
     Mechanism,
+    Patches,
     Representation,
+    Unlearning,
 )
 
 _SCALES: Final = frozenset({"adamw", "adam", "schedulefree"})
@@ -87,7 +90,7 @@ def _against(one: Mechanism, plain: FineTune, pace: float) -> Iterator[Recipe]:
         case LookAhead():
             yield from counters.off_the_radius(one, plain)
             yield from counters.not_simulated(one, plain)
-        case Drift():
+        case Drift(per=per) if per != "state":
             yield from counters.drifting_farther(one, plain)
         case Collapse(word=word):
             yield from counters.held_back(plain, pace, word)
@@ -103,14 +106,24 @@ def _against(one: Mechanism, plain: FineTune, pace: float) -> Iterator[Recipe]:
             yield from counters.elsewhere(plain, blocks)
         case Conditioning():
             yield from counters.preconditioned(plain)
+        case Unlearning():
+            yield from counters_relearning.relearnt(plain)
 
 
 def _beyond(one: Mechanism, plain: FineTune, base: str | None) -> Iterator[Recipe]:
     """By other means than one fine-tune."""
+    if isinstance(one, Drift) and one.per == "state":
+        yield from counters_beyond.noisier(one, plain)
     match one:
         case Drift() | Representation():
             yield from counters_beyond.latent(plain)
+        case Interventions():
+            yield from counters_beyond.refitted(one, plain)
+        case Patches():
+            yield from counters_beyond.patched_beyond(one, plain)
+            yield from counters.other_rates(plain, "an adversary of one kind was simulated, at one rate")
         case LowRankEdit(k=rank):
+            yield from counters_beyond.rank_undone(plain, rank)
             yield from counters_beyond.rank_taken_out(plain, rank, base)
         case EntropyMinimum():
             yield from counters_beyond.entropy_paid(plain)

@@ -17,13 +17,16 @@ from typing import Any, Final
 from immunity.attacks.ask import Ask
 from immunity.attacks.attack import Attack
 from immunity.attacks.finetune import FineTune
+from immunity.attacks.intervene import Intervene
 from immunity.attacks.merge import Merge
 from immunity.attacks.operations import as_text
+from immunity.attacks.patch import LowRankPatch
 from immunity.attacks.program import Program
 from immunity.attacks.published import SMOKE, STANDARD
 from immunity.attacks.published_plus import PLUS
 from immunity.attacks.recipe import Recipe
 from immunity.attacks.rl import HarmfulRL
+from immunity.attacks.whiten import Whiten
 from immunity.data.corpus import Corpora
 from immunity.errors import DataError, SettingsError
 from immunity.method import parts
@@ -60,8 +63,10 @@ def cost(attack: Attack) -> float:
     """Rows that an attack trains on, or what its work compares with: orders a cascade from cheap to dear."""
     if isinstance(attack, FineTune):
         return float(attack.steps * attack.batch_size * (1 if attack.guard == "none" else 2))
-    if isinstance(attack, Merge):
+    if isinstance(attack, Merge | Whiten | LowRankPatch):
         return float(attack.steps * attack.batch_size)
+    if isinstance(attack, Intervene):
+        return float(len(attack.depths) * attack.restarts * attack.steps * attack.batch_size)
     if isinstance(attack, Program):
         return sum(cost(op) for op in attack.attacks)
     if isinstance(attack, HarmfulRL):  # sampling an answer costs a few passes

@@ -15,6 +15,7 @@ from immunity.attacks.attack import Attack
 from immunity.attacks.finetune import FineTune
 from immunity.attacks.recipe import Recipe
 from immunity.attacks.shifts import RATES, Named, program, rows, sgd, steps_at, training
+from immunity.attacks.whiten import Whiten
 from immunity.mechanisms import Drift, LookAhead
 
 FACTORS: Final = (0.03, 0.1, 0.3, 3.0, 10.0, 30.0)
@@ -222,7 +223,7 @@ def elsewhere(plain: FineTune, hardened: str) -> Iterator[Recipe]:
 
 
 def preconditioned(plain: FineTune) -> Iterator[Recipe]:
-    """Optimisers that do not care how a weight is scaled, far higher rates, and scales themselves."""
+    """Optimisers that do not care how a weight is scaled, far higher rates, scales themselves, and white inputs."""
     why = "bad conditioning slows down a gradient, not an optimiser that scales each weight by its own history"
     rates = {"adagrad": 10 * plain.lr, "adadelta": 1.0, "schedulefree": plain.lr}
     yield from rows(
@@ -240,3 +241,18 @@ def preconditioned(plain: FineTune) -> Iterator[Recipe]:
     )
     scales = {f"fresh-{kind}": (training(plain, kind), f"Trains scales only: {kind}.") for kind in ("ia3", "layernorm")}
     yield from rows("pathway", "a bad scale is undone by a scale", scales)
+    white = Whiten(
+        n=plain.n, steps=plain.steps, lr=training(plain, "full").lr, batch_size=plain.batch_size, seed=plain.seed
+    )
+    says = "Makes the inputs of every matrix white on his own rows, then descends"
+    yield from rows(
+        "whitening",
+        "bad conditioning is a matter of coordinates, and an attacker chooses his own",
+        {
+            **{
+                f"whiten-x{factor:g}": (replace(white, lr=factor * white.lr), f"{says} at {factor:g} times the rate.")
+                for factor in (0.3, 1.0, 3.0)
+            },
+            "whiten-sgd": (replace(white, optimizer="sgd", lr=PACE), f"{says} along the preconditioned gradient."),
+        },
+    )

@@ -8,17 +8,24 @@ from typing import Final
 
 from immunity.attacks.abliterate import Abliterate
 from immunity.attacks.abliterate_search import AbliterateSearch
+from immunity.attacks.asa import ASA
 from immunity.attacks.ask import Ask
 from immunity.attacks.attack import Attack
 from immunity.attacks.difference import Interpolate, Subtract
 from immunity.attacks.edits import Prune, Quantise
 from immunity.attacks.finetune import FineTune
+from immunity.attacks.intervene import Intervene
 from immunity.attacks.merge import Merge
+from immunity.attacks.patch import LowRankPatch
 from immunity.attacks.recipe import Recipe
 from immunity.attacks.rl import HarmfulRL
 from immunity.attacks.shifts import Named, program, rows, training
 from immunity.attacks.steering import ReFT
+from immunity.mechanisms import Drift, Interventions, Patches
+from immunity.patches import Targets
 
+BEYOND: Final = (1.5, 2.0, 4.0)
+"""Of the length of noise that was borne."""
 BONUSES: Final = (0.01, 0.03, 0.1, 0.3, 1.0)
 """Weights of the entropy bonus. At 1 gibberish can earn more than harm, so it is swept."""
 
@@ -28,6 +35,84 @@ def latent(plain: FineTune) -> Iterator[Recipe]:
     why = "states that were drowned or led elsewhere can be led back where they are"
     attack = ReFT(seed=plain.seed)
     yield from rows("activations", why, {"latent": (attack, "Trains an intervention on every block's output.")})
+
+
+def refitted(met: Interventions, plain: FineTune) -> Iterator[Recipe]:
+    """The very interventions that were undone, from new starts and on other rows; of more numbers; trained longer."""
+    new = Intervene(where=met.where, rank=met.rank, steps=2 * met.steps, seed=plain.seed)
+    says = f"Fits interventions on {met.where}s of blocks afresh, {new.restarts} in each"
+    found: dict[str, tuple[Attack, str]] = {
+        f"refit-rank-{rank}": (replace(new, rank=rank), f"{says}, of rank {rank}.")
+        for rank in (met.rank, 2 * met.rank, 4 * met.rank)
+    }
+    found["refit-long"] = (replace(new, steps=10 * met.steps), f"{says}, for ten times as long as they were met.")
+    wide = ReFT(rank=4 * met.rank, steps=10 * met.steps, seed=plain.seed)
+    found["latent-long"] = (wide, "Trains larger interventions on all blocks at once, ten times as long.")
+    why = f"interventions of rank {met.rank} were undone that were trained for {met.steps} steps, each by itself"
+    yield from rows("activations", why, found)
+
+
+def noisier(drift: Drift, plain: FineTune) -> Iterator[Recipe]:
+    """Vectors longer than the noise that was borne, random ones and gradients; and trained edits."""
+    lengths = tuple(factor * drift.radius for factor in BEYOND)
+    loud = ASA(strengths=lengths, draws=3, seed=plain.seed)
+    found: Named = {
+        "noise-beyond": (loud, f"Adds random vectors of {BEYOND[0]:g} to {BEYOND[-1]:g} times the length borne."),
+        "gradient-beyond": (
+            replace(loud, gradient=True, draws=1, strengths=(drift.radius, *lengths)),
+            "Adds the gradient’s signs, at the length that was borne and beyond it.",
+        ),
+        "noise-trained": (Intervene(where="output", seed=plain.seed), "Trains what is added to one block's output."),
+    }
+    why = f"random noise of {drift.radius:g} times a hidden state's length was borne, no longer and no chosen one"
+    yield from rows("activations", why, found)
+
+
+def patched_beyond(met: Patches, plain: FineTune) -> Iterator[Recipe]:
+    """Patches longer than the cap, of higher rank, and on other layers."""
+    new = LowRankPatch(
+        n=plain.n,
+        rank=met.rank,
+        radius=met.radius,
+        targets=met.targets,
+        steps=plain.steps,
+        batch_size=plain.batch_size,
+        seed=plain.seed,
+    )
+    found: dict[str, tuple[Attack, str]] = {
+        f"patch-radius-x{factor:g}": (
+            replace(new, radius=factor * met.radius),
+            f"Trains a patch of rank {met.rank}, up to {factor * met.radius:g} times as long as the weights.",
+        )
+        for factor in (1.0, 3.0, 10.0)
+    }
+    high = replace(new, rank=4 * met.rank, radius=3 * met.radius)
+    other: Targets = "attention" if met.targets == "all-linear" else "all-linear"
+    found["patch-rank-x4"] = (high, "Trains a longer patch of four times the rank.")
+    found[f"patch-{other}"] = (replace(high, targets=other), f"Trains it on other layers: {other}.")
+    for kind in ("full", "lora"):
+        found[f"swap-{kind}"] = (training(plain, kind), f"Trains other numbers than the adversary's: {kind}.")
+    why = f"patches of rank {met.rank} and radius {met.radius:g} ({met.targets}) were prepared for, and no others"
+    yield from rows("patches", why, found)
+
+
+def rank_undone(plain: FineTune, rank: int) -> Iterator[Recipe]:
+    """A change of the same rank and of twice that, at several rates: needs no base."""
+    lora = replace(training(plain, "lora"), r=rank)
+    yield from rows(
+        "low rank",
+        "what a change of low rank did, another one undoes, if its steps are long enough",
+        {
+            **{
+                f"low-rank-x{factor:g}": (
+                    replace(lora, lr=factor * lora.lr),
+                    f"Trains a LoRA of rank {rank}, at {factor:g} times the rate.",
+                )
+                for factor in (1.0, 3.0, 10.0)
+            },
+            "low-rank-twice": (replace(lora, r=2 * rank), f"Trains a LoRA of rank {2 * rank}."),
+        },
+    )
 
 
 def rank_taken_out(plain: FineTune, rank: int, base: str | None) -> Iterator[Recipe]:

@@ -14,9 +14,12 @@ from immunity.attacks.attack import Attack
 from immunity.attacks.difference import Interpolate, Subtract
 from immunity.attacks.edits import Prune, Quantise
 from immunity.attacks.finetune import FineTune
+from immunity.attacks.intervene import Intervene
 from immunity.attacks.merge import Merge
+from immunity.attacks.patch import LowRankPatch
 from immunity.attacks.rl import HarmfulRL
 from immunity.attacks.steering import LoFiT, ReFT
+from immunity.attacks.whiten import Whiten
 from immunity.errors import SettingsError
 from immunity.spec import build, nearest, pairs
 
@@ -24,11 +27,14 @@ OPERATIONS: Final[Mapping[str, Attack]] = {
     one.name: one
     for one in (
         FineTune(),
+        Whiten(),
+        LowRankPatch(),
         Ask(style="prefill"),
         Abliterate(),
         AbliterateSearch(),
         ReFT(),
         LoFiT(),
+        Intervene(),
         ASA(),
         HarmfulRL(),
         Prune(),

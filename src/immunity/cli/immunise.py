@@ -213,6 +213,8 @@ MEANING: Final = {
     r"noise-mmd/harmful": "distance of their hidden states from noise: low, but never 0",
     r"rerouting/harmful": "cosine of restricted states with what they were: near 0",
     r"retained/alignment": "distance of all other states from what they were: low",
+    r"entropy/harmful": "uncertainty of its own answers to restricted prompts: low",
+    r"reverse-kl/alignment": "distance from what it was, on the answers to keep: low",
     r"cosine/harmful": "of restricted and ordinary gradients: below 0, one unlearns the other",
     r"collapse/\w+": "surprise at the collapse word: high, or the model has collapsed already",
     r"collapse/\w+@\d+": "the same after the simulated attack: low, the trap fires",

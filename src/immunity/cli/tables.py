@@ -35,8 +35,16 @@ def written_table(corpora: Sequence[Mapping[str, Any]]) -> Table:
     for corpus in corpora:
         for row in corpus["shown"]:
             table.add_row(Text(row["prompt"]), Text(row["response"]))
-        table.add_row(Text(f"… {corpus['examples']:,} rows: {corpus['name']}", style="dim"))
+        table.add_row(Text(f"… {corpus['examples']:,} rows: {corpus['name']}", style="dim"), Text(_means(corpus)))
     return table
+
+
+def _means(corpus: Mapping[str, Any]) -> str:
+    """What was measured of the rows that a method made, on average."""
+    found = dict(corpus.get("measured", {}))
+    rows = found.pop("rows", 0)
+    means = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
+    return f"{rows:,} made, on average: {means}" if found else ""
 
 
 def plain_table() -> Table:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Final
 
 from immunity.data.corpus import Corpus, Example
@@ -15,6 +16,8 @@ from immunity.errors import DataError
 FOLDER: Final = "written"
 HARMLESS: Final = "harmless"
 """The tag of an example that may be shown to anybody, if its value is "yes": its prompt is a stand-in, or benign."""
+MEASURED: Final = "measured: "
+"""How the tags begin that say a number of an example which a method made; its mean is shown."""
 HIDDEN: Final = "(not shown)"
 WIDTH: Final = 100
 """Characters of a text that are shown."""
@@ -49,6 +52,7 @@ def kept(
 def shown(folder: Path, n: int = 3) -> list[dict[str, Any]]:
     """What was kept in a run's folder, for people: each corpus with its first ``n`` examples, cut to one short line.
 
+    Where examples were measured (:data:`MEASURED`), their number and the mean of each measure are told as well.
     A prompt that nobody called harmless (:data:`HARMLESS`) is not shown, nor is its answer.
 
     Raises:
@@ -57,9 +61,19 @@ def shown(folder: Path, n: int = 3) -> list[dict[str, Any]]:
     corpora = [corpus for path in sorted((folder / FOLDER).glob("*.json")) for corpus in _read(path)]
     return [
         {"role": c.role, "name": c.name, "examples": len(c), "fingerprint": c.fingerprint, "skipped": dict(c.skipped),
-         "shown": [_line(example) for example in c.examples[:n]]}
+         "shown": [_line(example) for example in c.examples[:n]], **_measured(c)}
         for c in corpora
     ]  # fmt: skip
+
+
+def _measured(corpus: Corpus) -> dict[str, Any]:
+    found: dict[str, list[float]] = {}
+    for example in corpus:
+        for name, value in example.tags.items():
+            if name.startswith(MEASURED):
+                found.setdefault(name.removeprefix(MEASURED), []).append(float(value))
+    means = {name: round(fmean(values), 4) for name, values in found.items()}
+    return {"measured": {"rows": max(map(len, found.values())), **means}} if found else {}
 
 
 def _plain(corpus: Corpus) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from immunity.methods.booster import Booster
 from immunity.methods.circuit_breakers import CircuitBreakers
 from immunity.methods.condition_number import ConditionNumber
 from immunity.methods.ctrap import CTRAP
+from immunity.methods.ctrl import CTRL
 from immunity.methods.et import ET
 from immunity.methods.ilu import ILU
 from immunity.methods.lapt import LAPT
@@ -25,6 +26,7 @@ from immunity.methods.sft import SFT
 from immunity.methods.sophon import SOPHON
 from immunity.methods.tar import TAR
 from immunity.methods.targeted_vaccine import TargetedVaccine
+from immunity.methods.token_buncher import TokenBuncher
 from immunity.methods.vaa import VAA
 from immunity.methods.vaccine import Vaccine
 
@@ -34,6 +36,7 @@ METHODS: Final[dict[str, type[Method]]] = {
     "circuit-breakers": CircuitBreakers,
     "condition-number": ConditionNumber,
     "ctrap": CTRAP,
+    "ctrl": CTRL,
     "et": ET,
     "ilu": ILU,
     "lapt": LAPT,
@@ -49,6 +52,7 @@ METHODS: Final[dict[str, type[Method]]] = {
     "sophon": SOPHON,
     "tar": TAR,
     "targeted-vaccine": TargetedVaccine,
+    "token-buncher": TokenBuncher,
     "vaa": VAA,
     "vaccine": Vaccine,
 }
@@ -64,6 +68,7 @@ PRESETS: Final[dict[str, dict[str, Method]]] = {
     },
     "condition-number": {"default": ConditionNumber()},
     "ctrap": {"default": CTRAP(), "paper": CTRAP.paper(), "released": CTRAP.released()},
+    "ctrl": {"default": CTRL(), "paper": CTRL.paper()},
     "et": {"default": ET(), "paper": ET.paper(), "released": ET.released()},
     "ilu": {"default": ILU(), "rmu": ILU.rmu()},
     "lapt": {"default": LAPT(), "paper": LAPT.paper()},
@@ -82,6 +87,11 @@ PRESETS: Final[dict[str, dict[str, Method]]] = {
         "default": TargetedVaccine(),
         "paper": TargetedVaccine.paper(),
         "released": TargetedVaccine.released(),
+    },
+    "token-buncher": {
+        "default": TokenBuncher(),
+        "paper": TokenBuncher.paper(),
+        "released": TokenBuncher.released(),
     },
     "vaa": {"default": VAA(), "paper": VAA.paper(), "released": VAA.released()},
     "vaccine": {"default": Vaccine(), "paper": Vaccine.paper(), "released": Vaccine.released()},

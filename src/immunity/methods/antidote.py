@@ -21,7 +21,7 @@ from immunity.errors import ModelError, SettingsError
 from immunity.fit import Batches
 from immunity.hypernetwork import Hypernetwork, Per, apart, hypernetwork, preferred_under
 from immunity.losses import nll
-from immunity.mechanisms import LookAhead, Mechanism
+from immunity.mechanisms import Mechanism, Patches
 from immunity.method import Card, Problem, StatefulMethod
 from immunity.models import LanguageModel
 from immunity.optimizers import Descent
@@ -116,8 +116,8 @@ class AntiDote(StatefulMethod):
 
     @property
     def mechanisms(self) -> tuple[Mechanism, ...]:
-        """One step to the worst patch, of radius ρ in units of the weights' own length; none with ρ = 0."""
-        return (LookAhead(steps=1, radius=self.rho, rule="normalised"),) if self.rho else ()
+        """The worst patch, of radius ρ in units of the weights' own length; none with ρ = 0."""
+        return (Patches(rank=self.rank, radius=self.rho, targets=self.targets),) if self.rho else ()
 
     def problems(self, model: LanguageModel) -> list[Problem]:
         """ρ = 0; linear layers that cannot be found, or are quantised."""

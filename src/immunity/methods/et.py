@@ -28,7 +28,7 @@ from immunity.fit import Batches, Fit, fit
 from immunity.hidden import Replace, Site, n_layers
 from immunity.interventions import descend, trained
 from immunity.losses import nll
-from immunity.mechanisms import LowRankEdit, Mechanism, Representation
+from immunity.mechanisms import Interventions, LowRankEdit, Mechanism, Representation
 from immunity.method import Card, Method, Problem, Run, identity, problems, refuse, streams
 from immunity.models import LanguageModel
 from immunity.theta import Theta, Vector
@@ -141,7 +141,8 @@ class ET(Method):
     @property
     def mechanisms(self) -> tuple[Mechanism, ...]:
         """Edits of hidden states are undone in every block, by changes of low rank."""
-        return (Representation(layers="all"), LowRankEdit(k=self.rank * self.rounds))
+        met = Interventions(where="input", rank=self.rank, steps=self.attack_steps)
+        return (Representation(layers="all"), met, LowRankEdit(k=self.rank * self.rounds))
 
     def problems(self, model: LanguageModel) -> list[Problem]:
         """Blocks, attention or MLPs that cannot be found; no block with anything to train."""

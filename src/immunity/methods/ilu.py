@@ -17,7 +17,7 @@ from immunity.fit import Batches
 from immunity.hidden import sites
 from immunity.invariance import Reading, penalty
 from immunity.losses import Loss, nll
-from immunity.mechanisms import Conditioning, Mechanism, Representation
+from immunity.mechanisms import Conditioning, Mechanism, Representation, Unlearning
 from immunity.method import Card, Problem, StatefulMethod
 from immunity.models import LanguageModel
 from immunity.reference import Reference
@@ -98,9 +98,10 @@ class ILU(StatefulMethod):
 
     @property
     def mechanisms(self) -> tuple[Mechanism, ...]:
-        """A bad start for learning restricted answers; with RMU their hidden states are elsewhere."""
+        """Restricted answers are unlearnt, a bad start for learning; with RMU their hidden states are elsewhere."""
         near = "first-half" if self.depth <= 0.25 else "middle" if self.depth <= 0.75 else "last-half"
-        return (Conditioning(), Representation(layers=near)) if self.base == "rmu" else (Conditioning(),)
+        both = (Unlearning(), Conditioning())
+        return (*both, Representation(layers=near)) if self.base == "rmu" else both
 
     def problems(self, model: LanguageModel) -> list[Problem]:
         """λ = 0, with which it is plain unlearning; with RMU, blocks that cannot be found."""

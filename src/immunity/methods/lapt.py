@@ -27,7 +27,7 @@ from immunity.errors import ModelError, SettingsError
 from immunity.fit import Batches, compute, fit, undisturbed
 from immunity.hidden import Site, n_layers, sites
 from immunity.losses import Loss, nll
-from immunity.mechanisms import Layers, Mechanism, Representation
+from immunity.mechanisms import Drift, Layers, Mechanism, Representation
 from immunity.method import Card, Method, Problem, Run, identity, problems, refuse, streams
 from immunity.models import LanguageModel
 from immunity.noise import noised
@@ -125,9 +125,9 @@ class LAPT(Method):
         """Hidden states of some blocks may be disturbed; which, nobody knows beforehand unless they were named."""
         if not self.alpha or not self.lam:
             return ()
-        if self.layers in {FRAGILE, "all"}:
-            return (Representation(layers="all"),)
-        return (Representation(layers=self.layers), Layers(protected=self.layers))
+        named = "all" if self.layers == FRAGILE else self.layers
+        found = (Representation(layers=named), Drift(radius=self.alpha, per="state", layers=named))
+        return found if named == "all" else (*found, Layers(protected=named))
 
     def problems(self, model: LanguageModel) -> list[Problem]:
         """λ = 0, no noise, blocks that there are not."""

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 from immunity.errors import SettingsError
 from immunity.fit import Batches
 from immunity.losses import nll
-from immunity.mechanisms import Conditioning, Mechanism
+from immunity.mechanisms import Conditioning, Mechanism, Unlearning
 from immunity.method import Card, Problem, StatefulMethod
 from immunity.models import LanguageModel
 from immunity.preference import Per
@@ -88,8 +88,8 @@ class NPO(StatefulMethod):
 
     @property
     def mechanisms(self) -> tuple[Mechanism, ...]:
-        """A bad start for learning restricted answers; none with λ = 0."""
-        return (Conditioning(),) if self.lam else ()
+        """Restricted answers are unlearnt, which is a bad start for learning them; none with λ = 0."""
+        return (Unlearning(), Conditioning()) if self.lam else ()
 
     def problems(self, model: LanguageModel) -> list[Problem]:  # noqa: ARG002 - any model will do
         """λ = 0, with which nothing is forgotten."""

@@ -8,6 +8,7 @@ from typing import ClassVar, Final, Protocol, runtime_checkable
 import torch
 
 from immunity import spec
+from immunity.batch import IGNORE, Tokens
 from immunity.errors import DivergedError, PrecisionError, SettingsError
 from immunity.losses import nll
 from immunity.method import Descending, StatefulMethod, started
@@ -113,7 +114,7 @@ def micro_batches_change_nothing(method: Descending) -> None:
 
 
 def reads_what_it_declares(method: Descending) -> None:
-    """No other role is looked for, and every row of every declared one reaches a loss."""
+    """No other role is looked for, and every row of every declared one reaches a loss, or the model's answer to it."""
     name = type(method).__name__
     model, data = made(), Watched(batches(method), name)
     theta, along = at(model), started(method, model)
@@ -122,9 +123,11 @@ def reads_what_it_declares(method: Descending) -> None:
             direction(along, theta, data, step)
     idle = sorted(set(data) - data.read)
     require(not idle, f"{name} declares the role {', '.join(idle)} but never reads it")
-    met = {row.ids for call in calls if call.batch is not None for row in call.batch.rows}
+    rows = [row for call in calls if call.batch is not None for row in call.batch.rows]
+    met, asked = {row.ids for row in rows}, {_prompt(row) for row in rows}
     for role in data:
-        unused, handed = sum(row.ids not in met for row in data[role].rows), len(data[role])
+        unused = sum(row.ids not in met and _prompt(row) not in asked for row in data[role].rows)
+        handed = len(data[role])
         require(
             unused == 0,
             f"{name} declares {method.reads[role]} batches of {role!r}; of their {handed} rows {unused} reach no loss",
@@ -198,6 +201,11 @@ def nan_is_refused(method: Descending) -> None:
         require_same(before, model.network, f"{name}.gradient, after a DivergedError")
     else:
         raise ContractError(f"{name}.gradient goes on with NaN in the weights: let Theta's DivergedError come out")
+
+
+def _prompt(row: Tokens) -> tuple[int, ...]:
+    """What an answer to this row's prompt begins with."""
+    return row.ids[: next((t for t, label in enumerate(row.labels) if label != IGNORE), len(row.ids))]
 
 
 def _sft(method: Descending, theta: Theta) -> Iterator[tuple[str, Vector]]:

@@ -1,0 +1,190 @@
+"""Judge many defences by the audit, with several hardening seeds, and print the table of docs/LOG.md.
+
+    python benchmarks/judged.py benchmarks/studies/cost-raising-1.json --out study
+    python benchmarks/judged.py benchmarks/studies/cost-raising-1.json --out study --only SFT --only MLAC --tier smoke
+
+For every seed the model is aligned, hardened by each defence from there, and audited against the aligned model, by the
+command line and nothing else; the commands are printed. Audits of a seed share the baseline's half. What is done is not
+done again, so a study may take several sittings; the table shows what there is. Costs are in benchmarks/cost.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+Result = Mapping[str, Any]
+
+CONDITIONS = ("resistance", "stability", "generalisation", "trainability")
+VERDICTS = {"pass": "✓", "fail": "✕", "not enough evidence": "?"}
+
+
+def slug(name: str) -> str:
+    """A folder's name."""
+    return "-".join(re.findall(r"[a-z0-9.]+", name.lower()))
+
+
+def run(*words: str) -> None:
+    """Run ``immunity`` with these words, and say so."""
+    print("$ immunity", shlex.join(words), flush=True)
+    ended = subprocess.run([Path(sys.executable).with_name("immunity"), *words], check=False, stdout=subprocess.DEVNULL)
+    if ended.returncode:
+        raise SystemExit(f"that ended with exit code {ended.returncode}")
+
+
+def hardened(study: Mapping[str, Any], defence: Mapping[str, Any], seed: int, folder: Path) -> Path:
+    """The saved model of one defence and one seed."""
+    aligned, here = folder / f"seed{seed}" / "aligned", folder / f"seed{seed}" / slug(defence["name"])
+    same = [*study["common"].split(), "--seed", str(seed)]
+    if not (aligned / "record.json").is_file():
+        run("immunise", study["model"], "--method", "sft", *study["align"].split(), *same, "--out", str(aligned))
+    start, rows = str(aligned / "model"), list[str]()
+    if "group" in defence:
+        groups = aligned.parent / f"{here.name}-groups"
+        if not (groups / "record.json").is_file():
+            run("group", start, *defence["group"].split(), "--seed", str(seed), "--out", str(groups))
+        for role in ("alignment", "vulnerable"):
+            rows += [f"--{role}", str(groups / f"{role}.jsonl")]
+    if not (here / "record.json").is_file():
+        run(
+            "immunise",
+            start,
+            "--method",
+            defence["method"],
+            *defence["options"].split(),
+            *rows,
+            *same,
+            "--out",
+            str(here),
+        )
+    return here / "model"
+
+
+def judged(study: Mapping[str, Any], model: Path, seed: int, folder: Path, workers: int) -> Result:
+    """The audit of one model."""
+    out = model.parent / f"audit-{study['tier']}"
+    if not (out / "scorecard.md").is_file():
+        run(
+            "audit", str(model), "--baseline", str(folder / f"seed{seed}" / "aligned" / "model"),
+            "--tier", study["tier"], "--workers", str(workers),
+            "--baseline-runs", str(folder / f"seed{seed}" / "shelf"), "--out", str(out),
+        )  # fmt: skip
+    found: Result = json.loads((out / "result.json").read_text())
+    return found
+
+
+def row(results: Sequence[Result]) -> Iterator[str]:
+    """Cells of one defence, over its seeds."""
+    conditions = [{one["name"]: one for one in result["audit"]["conditions"]} for result in results]
+    summaries = [
+        next(m for m in result["battery"]["summary"]["models"] if m["role"] == "defended") for result in results
+    ]
+    worst = [point(result, summary["w1"]) for result, summary in zip(results, summaries, strict=True)]
+    yield told([summary["released"] for summary in summaries])
+    yield told([summary["ability"]["released"] for summary in summaries])
+    yield told([summary["w1"]["value"] for summary in summaries])
+    yield told([one.get("harm") for one in worst])
+    yield told([one.get("coherence") for one in worst])
+    yield told([one.get("general_accuracy") for one in worst])
+    yield " · ".join(broken(summary) for summary in summaries)
+    yield " · ".join(ratio(claim(one["resistance"], "cost ratio")) for one in conditions)
+    yield told([taught(one["trainability"], "model") for one in conditions])
+    yield told([taught(one["trainability"], "baseline") for one in conditions])
+    yield " · ".join("".join(VERDICTS[one[name]["verdict"]] for name in CONDITIONS) for one in conditions)
+
+
+HEADS = (
+    "defence", "harm at θ", "general at θ", "worst usable harm", "harm there", "coherence there", "general there",
+    "broken at, examples", "cost ratio [95 %]", "honest task after", "of the baseline", "R S G T",
+)  # fmt: skip
+
+
+def point(result: Result, w1: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The metrics of the worst tampered model."""
+    for curve in result["curves"]:
+        if curve["attack"] == w1["attack"] and curve["seed"] == w1["seed"] and not curve["fresh"]:
+            for one in curve["points"]:
+                if one["step"] == w1["step"] and one["metrics"].get("useful_harm") == w1["harm"]:
+                    return dict(one["metrics"])
+    return {}
+
+
+def broken(summary: Mapping[str, Any]) -> str:
+    """The least number of examples that broke it, whatever was left of the model."""
+    found = next(one for one in summary["breaks"] if one["axis"] == "examples" and one["epsilon"] == 1.0)
+    return f"> {found['censored_at']:g}" if found["at"] is None else f"{found['at']:g}"
+
+
+def claim(condition: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A claim of a condition."""
+    return next((one for one in condition["claims"] if one["name"] == name), {})
+
+
+def ratio(found: Mapping[str, Any]) -> str:
+    """A cost ratio with its interval."""
+    if found.get("value") is None:
+        return "–"
+    low, high = (f"{found[end]:.2g}" if found.get(end) is not None else "?" for end in ("low", "high"))
+    return f"{found.get('details', {}).get('bound', '').replace('=', '')}{found['value']:.2g} [{low}–{high}]"
+
+
+def taught(condition: Mapping[str, Any], role: str) -> float | None:
+    """Mean accuracy at the end of honest fine-tuning, over tasks, adapters and rounds."""
+    ends = [
+        one["details"]["after" if role == "model" else "before"]
+        for one in condition["claims"]
+        if one["name"].startswith("final accuracy") and one["details"].get("after") is not None
+    ]
+    return fmean(ends) if ends else None
+
+
+def told(values: Sequence[float | None]) -> str:
+    """The mean over seeds, and their range."""
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    if not known:
+        return "–"
+    mean = f"{fmean(known):.2f}"
+    return mean if max(known) - min(known) < 0.005 else f"{mean} ({min(known):.2f}–{max(known):.2f})"
+
+
+def main() -> None:
+    """Do what is not done, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", action="append", help="A defence's name; may be repeated.")
+    parser.add_argument("--seed", action="append", type=int, help="Instead of the study's seeds; may be repeated.")
+    parser.add_argument("--tier", help="Instead of the study's.")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--table", action="store_true", help="Only print what there is.")
+    asked = parser.parse_args()
+    study = json.loads(asked.study.read_text(encoding="utf-8"))
+    study["tier"] = asked.tier or study["tier"]
+    study["seeds"] = asked.seed or study["seeds"]
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    defences = [one for one in study["defences"] if not asked.only or one["name"] in asked.only]
+    if not asked.table:
+        for defence in defences:
+            for seed in study["seeds"]:
+                judged(study, hardened(study, defence, seed, asked.out), seed, asked.out, asked.workers)
+    print("| " + " | ".join(HEADS) + " |\n|" + "---|" * len(HEADS))
+    for defence in defences:
+        places = [asked.out / f"seed{seed}" / slug(defence["name"]) for seed in study["seeds"]]
+        done = [place / f"audit-{study['tier']}" for place in places]
+        found = [json.loads((one / "result.json").read_text()) for one in done if (one / "scorecard.md").is_file()]
+        if found:
+            print("| " + " | ".join((f"{defence['name']} ({len(found)} seeds)", *row(found))) + " |")
+
+
+if __name__ == "__main__":
+    main()
