@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from statistics import fmean
@@ -187,17 +187,15 @@ class OnPolicy:
             generator=torch.Generator().manual_seed(drawn),
             batch_size=how.sample_batch,
         )
-        answers = [answer for group in groups for answer in group]
-        worth = [a for group in groups for a in advantages([answer.reward for answer in group], how.estimator)]
-        rows = [answer.tokens for answer in answers]
+        rows = [answer.tokens for group in groups for answer in group]
         unrecorded: list[tuple[float, ...]] = [()] * len(rows)
         before = self._recorded(theta, theta.network, rows) if how.updates > 1 else unrecorded
         reference = unrecorded
         if how.kl > 0 and self._reference is not None:
             with self._reference() as network:
                 reference = self._recorded(theta, network, rows)
-        self._rows = [Scored(*row) for row in zip(rows, worth, before, reference, strict=True)]
-        self._seen = self._told(groups, answers, number)
+        self._rows = [Scored(*row) for row in zip(rows, worth(groups, how.estimator), before, reference, strict=True)]
+        self._seen = self._told(groups, number)
 
     def _recorded(self, theta: Theta, network: nn.Module, rows: list[Tokens]) -> list[tuple[float, ...]]:
         return log_probs(
@@ -208,21 +206,31 @@ class OnPolicy:
             autocast=theta.autocast,
         )
 
-    def _told(self, groups: list[list[Rollout]], answers: list[Rollout], number: int) -> dict[str, float]:
-        stops = self._model.template.stop_ids
-        flat = fmean(float(len({answer.reward for answer in group}) == 1) for group in groups)
-        if flat == 1.0 and not self._warned:
+    def _told(self, groups: list[list[Rollout]], number: int) -> dict[str, float]:
+        seen = told(groups, self._model.template.stop_ids)
+        if seen["flat_groups"] == 1.0 and not self._warned:
             self._warned = True
             _LOG.warning(
                 "rollout %d: all answers to each prompt got the same reward (mean %g), so rewards teach nothing here; "
                 "a hotter temperature, a larger group or another reward may find a difference",
                 number,
-                fmean(answer.reward for answer in answers),
+                seen["reward"],
             )
-        return {
-            "reward": fmean(answer.reward for answer in answers),
-            "flat_groups": flat,
-            "sampled_entropy": -fmean(value for answer in answers for value in answer.log_probs),
-            "answer_tokens": fmean(len(answer.log_probs) for answer in answers),
-            "ended": fmean(float(answer.tokens.ids[-1] in stops) for answer in answers),
-        }
+        return seen
+
+
+def worth(groups: Sequence[Sequence[Rollout]], estimator: Estimator) -> list[float]:
+    """The advantage of each answer within its group, one group after the other."""
+    return [a for group in groups for a in advantages([answer.reward for answer in group], estimator)]
+
+
+def told(groups: Sequence[Sequence[Rollout]], stops: Collection[int]) -> dict[str, float]:
+    """For the log, what :class:`OnPolicy` says of a rollout."""
+    answers = [answer for group in groups for answer in group]
+    return {
+        "reward": fmean(answer.reward for answer in answers),
+        "flat_groups": fmean(float(len({answer.reward for answer in group}) == 1) for group in groups),
+        "sampled_entropy": -fmean(value for answer in answers for value in answer.log_probs),
+        "answer_tokens": fmean(len(answer.log_probs) for answer in answers),
+        "ended": fmean(float(answer.tokens.ids[-1] in stops) for answer in answers),
+    }

@@ -132,7 +132,7 @@ HARDEN, ASSAULT = ("immunise", "tiny", "--out", "x"), ("attack", "tiny", "--out"
 FILES = ("--harmful", "good.jsonl", "--general", "good.jsonl", "--alignment")
 TESTS = ("--test-harmful", "good.jsonl", "--test-general", "good.jsonl")
 MISTAKES = [
-    ((*HARDEN, "--method", "ctrp"), "no method 'ctrp'; did you mean ctrap?"),
+    ((*HARDEN, "--method", "ctrp"), "no method 'ctrp'; did you mean ctrap"),
     ((*HARDEN, "--preset", "papr"), "ctrap has no preset 'papr'; did you mean paper?"),
     ((*HARDEN, "--set", "alpa=1"), "no setting 'alpa'; did you mean alpha?"),
     ((*HARDEN, "--set", "alpha"), "write it as NAME=VALUE"),

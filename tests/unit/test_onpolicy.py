@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from immunity import onpolicy
 from immunity.batch import Batch
 from immunity.data.corpus import Example
 from immunity.errors import SettingsError
 from immunity.fit import Fit, fit
+from immunity.generate import sample
 from immunity.models import LoRA, attach
 from immunity.onpolicy import OnPolicy, Rolling
 from immunity.policy import Scored, advantages, surrogate
@@ -59,3 +61,11 @@ def test_each_update_has_its_share_of_a_fresh_rollout_and_its_estimators_gradien
         assert want.norm() > 0
         assert (vector - want).norm() < 1e-4 * want.norm()
     assert calls[0][0][0].tokens != calls[2][0][0].tokens  # the same prompts are answered anew
+
+
+def test_prompts_may_be_given_as_ids():
+    model, found = tiny.language_model(), []
+    for asked in (ASKED, [tuple(model.template.prompt_ids(example)) for example in ASKED]):
+        drawn = torch.Generator().manual_seed(2)
+        found.append(sample(model, asked, n=3, max_new_tokens=4, generator=drawn))
+    assert found[0] == found[1]
