@@ -59,14 +59,13 @@ class Clock:
     """Seconds of each step, as an observer."""
 
     def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
+        self.device = device
         self.at: dict[int, float] = {}
 
     def __call__(self, done: int, _trace: Mapping[str, float]) -> None:
         """Told of every step, before the first, and by long steps of their parts."""
-        if self.cuda:
-            torch.cuda.synchronize()
-        self.at.setdefault(done, time.perf_counter() if self.cuda else time.process_time())
+        torch.zeros((), device=self.device).item()  # waits for what the device still does
+        self.at.setdefault(done, time.process_time() if self.device.type == "cpu" else time.perf_counter())
 
     @property
     def step(self) -> float:
