@@ -174,8 +174,8 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     defences = [one for one in study["defences"] if not asked.only or one["name"] in asked.only]
     if not asked.table:
-        for defence in defences:
-            for seed in study["seeds"]:
+        for seed in study["seeds"]:  # all defences with one seed first: they share its baseline
+            for defence in defences:
                 judged(study, hardened(study, defence, seed, asked.out), seed, asked.out, asked.workers)
     print("| " + " | ".join(HEADS) + " |\n|" + "---|" * len(HEADS))
     for defence in defences:
