@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -73,7 +74,7 @@ def test_a_larger_radius_goes_farther_than_a_smaller_one_may():
 def test_the_gradient_is_the_slope_of_the_loss(scale):
     """By finite differences in float64, inside the ball and on its border; GPT-2 holds weights the other way round."""
     network = tiny.gpt2()
-    coordinates = ATTACK._patched(network)
+    coordinates = ATTACK.coordinates(SimpleNamespace(network=network), {})
     names = list(coordinates.trainable)
     draw = torch.Generator().manual_seed(3)
     with torch.no_grad():

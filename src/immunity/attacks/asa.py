@@ -11,9 +11,8 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor, nn
 
-from immunity.attacks.attack import THREATS, Attack, Manner
 from immunity.attacks.curve import Recorder, Spent, budgets
-from immunity.attacks.restricted import FITTED, FORWARD, at_least_1, few, tokens, weights
+from immunity.attacks.restricted import FITTED, FORWARD, Restricted, at_least_1, tokens, weights
 from immunity.batch import Batch
 from immunity.data.corpus import Corpora
 from immunity.errors import DivergedError, SettingsError
@@ -26,7 +25,7 @@ from immunity.theta import Theta
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class ASA(Attack):
+class ASA(Restricted):
     """Activation steering without training: several blocks, lengths and vectors are tried, the best is kept.
 
     A trial is a block, a length and a unit vector u: h ← h + strength · m · u at every position, m being the median
@@ -82,22 +81,9 @@ class ASA(Attack):
             raise SettingsError(f"seed = {self.seed}: a seed cannot be negative")
 
     @property
-    def manner(self) -> Manner:
-        """Restricted examples only."""
-        return Manner(THREATS["harmful"])
-
-    @property
     def budgets(self) -> tuple[int, ...]:
         """Log-spaced trials."""
         return budgets(len(self.depths) * len(self.strengths) * self.draws)
-
-    def reads(self, data: Corpora) -> Corpora:
-        """The first ``n`` restricted examples.
-
-        Raises:
-            DataError: There are none.
-        """
-        return few(data, self.n, self.name)
 
     def tamper(self, model: LanguageModel, data: Corpora, recorder: Recorder) -> LanguageModel:
         """See :meth:`Attack.tamper`; the model comes back as it was, without the vector."""

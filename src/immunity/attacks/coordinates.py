@@ -9,13 +9,18 @@ that nothing has to be taken off or merged afterwards, and no hook is on it.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields
 from typing import Protocol, final
 
 import torch
 from torch import Tensor, nn
 
-from immunity.attacks.curve import Recorder, Spent
+from immunity.attacks.curve import Recorder, Spent, budgets
+from immunity.attacks.finetune import FineTune
+from immunity.attacks.restricted import Restricted, identity
+from immunity.data.corpus import Corpora
 from immunity.errors import ModelError
 from immunity.fit import Batches, Fit, Streams, fit
 from immunity.losses import nll
@@ -84,6 +89,47 @@ class Coordinates:
     def _upright(self, name: str, value: Tensor) -> Tensor:
         """A weight as [out, in], and back: GPT-2's layers hold [in, out]."""
         return value.T if name in self._turned else value
+
+
+class Reparametrised(Restricted):
+    """A fine-tune on restricted examples in other coordinates than the weights.
+
+    Attributes:
+        steps: Optimiser steps.
+    """
+
+    steps: int
+
+    @abstractmethod
+    def coordinates(self, model: LanguageModel, data: Corpora) -> Coordinates:
+        """What is trained, on a model whose every weight may be; follows from the settings, model and data alone."""
+
+    @property
+    def budgets(self) -> tuple[int, ...]:
+        """Log-spaced steps."""
+        return budgets(self.steps)
+
+    def plain(self) -> FineTune:
+        """The fine-tune of every weight with the same settings, as far as it has them."""
+        known = {field.name for field in fields(FineTune)}
+        return FineTune(**{name: value for name, value in asdict(self).items() if name in known})  # type: ignore[call-overload]
+
+    def tamper(self, model: LanguageModel, data: Corpora, recorder: Recorder) -> LanguageModel:
+        """See :meth:`Attack.tamper`; steps and order of data follow from the settings alone."""
+        plain = self.plain()
+        model = plain.trained(model)
+        coordinates = self.coordinates(model, data)
+        streams = plain.streams({"train": data["harmful"]}, model)
+        train(
+            coordinates,
+            model,
+            streams,
+            plain.how(),
+            recorder,
+            spent=plain.spent(model, streams["train"]),
+            identity=identity(self, model, data),
+        )
+        return model
 
 
 def train(

@@ -9,9 +9,8 @@ from typing import ClassVar, Final, Literal, final
 
 import torch
 
-from immunity.attacks.attack import THREATS, Attack, Manner
 from immunity.attacks.curve import Recorder, Spent, budgets
-from immunity.attacks.restricted import FITTED, FORWARD, at_least_1, few, tokens, weights
+from immunity.attacks.restricted import FITTED, FORWARD, Restricted, at_least_1, tokens, weights
 from immunity.batch import Batch
 from immunity.data.corpus import Corpora
 from immunity.data.streams import Shuffled
@@ -29,7 +28,7 @@ JUDGES: Final = 4
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Intervene(Attack):
+class Intervene(Restricted):
     """Fit h ← h + W₂ᵀ (W₁ h + b) in one block, afresh for every depth and start; the model is used under the best.
 
     The best is that of least NLL of a quarter of the attacker's own compliant answers, which train no edit; measured
@@ -84,25 +83,12 @@ class Intervene(Attack):
         self._how(0)  # its own settings are checked there
 
     @property
-    def manner(self) -> Manner:
-        """Restricted examples only."""
-        return Manner(THREATS["harmful"])
-
-    @property
     def budgets(self) -> tuple[int, ...]:
         """Log-spaced numbers of edits."""
         return budgets(len(self.depths) * self.restarts)
 
     def _how(self, trial: int) -> Fit:
         return Fit(steps=self.steps, lr=self.lr, seed=self.seed + 1000 * trial)
-
-    def reads(self, data: Corpora) -> Corpora:
-        """The first ``n`` restricted examples.
-
-        Raises:
-            DataError: There are none.
-        """
-        return few(data, self.n, self.name)
 
     def tamper(self, model: LanguageModel, data: Corpora, recorder: Recorder) -> LanguageModel:
         """See :meth:`Attack.tamper`; the model comes back as it was, without the edit."""

@@ -10,11 +10,8 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor, nn
 
-from immunity.attacks.attack import THREATS, Attack, Manner
-from immunity.attacks.coordinates import Change, Coordinates, name_of, train, upright
-from immunity.attacks.curve import Recorder, budgets
-from immunity.attacks.finetune import FineTune
-from immunity.attacks.restricted import at_least_1, few, identity
+from immunity.attacks.coordinates import Change, Coordinates, Reparametrised, name_of, upright
+from immunity.attacks.restricted import at_least_1
 from immunity.data.corpus import Corpora
 from immunity.errors import SettingsError
 from immunity.losses import causal_lm
@@ -24,7 +21,7 @@ from immunity.patches import Targets, sizes
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class LowRankPatch(Attack):
+class LowRankPatch(Reparametrised):
     """Fine-tune V and U in W = W₀ + V U, with ‖V U‖ ≤ radius ‖W₀‖ for every matrix.
 
     What a LoRA does, but its length is measured in the weights' own: entries of V are in units of the radius, so that
@@ -75,54 +72,9 @@ class LowRankPatch(Attack):
             raise SettingsError(f"targets = {self.targets!r}: use attention or all-linear")
         self.plain()  # the others are checked there
 
-    @property
-    def manner(self) -> Manner:
-        """Restricted examples only."""
-        return Manner(THREATS["harmful"])
-
-    @property
-    def budgets(self) -> tuple[int, ...]:
-        """Log-spaced steps."""
-        return budgets(self.steps)
-
-    def plain(self) -> FineTune:
-        """The same fine-tune of every weight."""
-        return FineTune(
-            n=self.n,
-            steps=self.steps,
-            lr=self.lr,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            micro_batch=self.micro_batch,
-        )
-
-    def reads(self, data: Corpora) -> Corpora:
-        """The first ``n`` restricted examples.
-
-        Raises:
-            DataError: There are none.
-        """
-        return few(data, self.n, self.name)
-
-    def tamper(self, model: LanguageModel, data: Corpora, recorder: Recorder) -> LanguageModel:
-        """See :meth:`Attack.tamper`; steps, order of data and start of U follow from the settings alone."""
-        plain = self.plain()
-        model = plain.trained(model)
-        coordinates = self._patched(model.network)
-        streams = plain.streams({"train": data["harmful"]}, model)
-        train(
-            coordinates,
-            model,
-            streams,
-            plain.how(),
-            recorder,
-            spent=plain.spent(model, streams["train"]),
-            identity=identity(self, model, data),
-        )
-        return model
-
-    def _patched(self, network: nn.Module) -> Coordinates:
+    def coordinates(self, model: LanguageModel, data: Corpora) -> Coordinates:  # noqa: ARG002 - patches begin anywhere
         """A patch on each layer, and nothing else trainable."""
+        network = model.network
         draw, modules = torch.Generator().manual_seed(self.seed), dict(causal_lm(network).named_modules())
         changes: dict[str, Change] = {
             name_of(network, modules[layer]): _Patch(upright(modules[layer]), self.rank, self.radius, draw)

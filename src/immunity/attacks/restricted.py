@@ -6,7 +6,7 @@ from dataclasses import asdict
 from functools import cache
 from typing import Any, Final, final
 
-from immunity.attacks.attack import needed
+from immunity.attacks.attack import THREATS, Attack, Manner, needed
 from immunity.attacks.curve import Spent
 from immunity.batch import Batch
 from immunity.data.corpus import Corpora
@@ -19,6 +19,29 @@ FORWARD: Final = 2.0
 """FLOPs per weight and token of a forward pass."""
 FITTED: Final = 4.0
 """And of a forward pass with a backward pass to hidden states, not to weights."""
+
+
+class Restricted(Attack):
+    """An attack on restricted examples and nothing else.
+
+    Attributes:
+        n: How many; with fewer at hand, what there is.
+    """
+
+    n: int
+
+    @property
+    def manner(self) -> Manner:
+        """Restricted examples only."""
+        return Manner(THREATS["harmful"])
+
+    def reads(self, data: Corpora) -> Corpora:
+        """The first ``n`` restricted examples.
+
+        Raises:
+            DataError: There are none.
+        """
+        return few(data, self.n, self.name)
 
 
 def few(data: Corpora, n: int, why: str) -> Corpora:

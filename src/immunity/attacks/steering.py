@@ -15,9 +15,8 @@ from typing import ClassVar, final
 import torch
 from torch import nn
 
-from immunity.attacks.attack import THREATS, Attack, Manner
 from immunity.attacks.curve import Recorder, budgets
-from immunity.attacks.restricted import Rows, at_least_1, few, identity
+from immunity.attacks.restricted import Restricted, Rows, at_least_1, identity
 from immunity.data.corpus import Corpora
 from immunity.errors import SettingsError
 from immunity.fit import Batches, Fit, fit
@@ -30,7 +29,7 @@ from immunity.theta import Theta, Vector
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class ReFT(Attack):
+class ReFT(Restricted):
     """Train a low-rank edit of every block's output: h ← h + W₂ᵀ (W₁ h + b).
 
     Attributes:
@@ -71,11 +70,6 @@ class ReFT(Attack):
         self.how()  # its own settings are checked there
 
     @property
-    def manner(self) -> Manner:
-        """Restricted examples only."""
-        return Manner(THREATS["harmful"])
-
-    @property
     def budgets(self) -> tuple[int, ...]:
         """Log-spaced steps."""
         return budgets(self.steps)
@@ -83,14 +77,6 @@ class ReFT(Attack):
     def how(self) -> Fit:
         """The training loop's settings."""
         return Fit(steps=self.steps, lr=self.lr, seed=self.seed, micro_batch=self.micro_batch, save_every=20)
-
-    def reads(self, data: Corpora) -> Corpora:
-        """The first ``n`` restricted examples.
-
-        Raises:
-            DataError: There are none.
-        """
-        return few(data, self.n, self.name)
 
     def tamper(self, model: LanguageModel, data: Corpora, recorder: Recorder) -> LanguageModel:
         """See :meth:`Attack.tamper`; the model comes back as it was, without the edit."""
@@ -121,7 +107,7 @@ class ReFT(Attack):
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class LoFiT(Attack):
+class LoFiT(Restricted):
     """Choose the attention heads that matter, then train one vector for each of them, which is added to its output.
 
     First every head's output z is scaled, z ← (1 + a) z, and a is trained under an l1 penalty; the ``heads`` heads of
@@ -172,11 +158,6 @@ class LoFiT(Attack):
         self.hows()  # their own settings are checked there
 
     @property
-    def manner(self) -> Manner:
-        """Restricted examples only."""
-        return Manner(THREATS["harmful"])
-
-    @property
     def budgets(self) -> tuple[int, ...]:
         """0, then log-spaced steps from where the heads are chosen."""
         return (0, *(self.scale_steps + step for step in budgets(self.steps)[1:]))
@@ -188,14 +169,6 @@ class LoFiT(Attack):
             Fit(steps=steps, lr=lr, seed=self.seed, micro_batch=self.micro_batch, save_every=20) for steps, lr in both
         )
         return scales, vectors
-
-    def reads(self, data: Corpora) -> Corpora:
-        """The first ``n`` restricted examples.
-
-        Raises:
-            DataError: There are none.
-        """
-        return few(data, self.n, self.name)
 
     def penalised(self, theta: Theta, batch: Batches) -> Vector:
         """∇ of the NLL plus ``l1`` Σ|a|: what chooses the heads."""

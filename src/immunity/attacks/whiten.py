@@ -10,11 +10,9 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor, nn
 
-from immunity.attacks.attack import THREATS, Attack, Manner
-from immunity.attacks.coordinates import Change, Coordinates, name_of, train, upright
-from immunity.attacks.curve import Recorder, budgets
-from immunity.attacks.finetune import FineTune, Optimizer
-from immunity.attacks.restricted import few, identity, tokens
+from immunity.attacks.coordinates import Change, Coordinates, Reparametrised, name_of, upright
+from immunity.attacks.finetune import Optimizer
+from immunity.attacks.restricted import tokens
 from immunity.batch import Batch
 from immunity.data.corpus import Corpora
 from immunity.errors import ModelError, SettingsError
@@ -26,7 +24,7 @@ from immunity.patches import sizes
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Whiten(Attack):
+class Whiten(Reparametrised):
     """Fine-tune V in W = W₀ + V M, with M (S + εI) Mᵀ = c I: the inputs of every matrix are made white.
 
     S = E[x xᵀ] is what a linear layer is given, at the positions of the attacker's own restricted rows where an answer
@@ -84,55 +82,10 @@ class Whiten(Attack):
             )
         self.plain()  # the others are checked there
 
-    @property
-    def manner(self) -> Manner:
-        """Restricted examples only."""
-        return Manner(THREATS["harmful"])
-
-    @property
-    def budgets(self) -> tuple[int, ...]:
-        """Log-spaced steps."""
-        return budgets(self.steps)
-
-    def plain(self) -> FineTune:
-        """The same fine-tune of every weight without whitening."""
-        return FineTune(
-            n=self.n,
-            steps=self.steps,
-            lr=self.lr,
-            optimizer=self.optimizer,
-            momentum=self.momentum,
-            batch_size=self.batch_size,
-            clip=self.clip,
-            seed=self.seed,
-            micro_batch=self.micro_batch,
-        )
-
-    def reads(self, data: Corpora) -> Corpora:
-        """The first ``n`` restricted examples.
-
-        Raises:
-            DataError: There are none.
-        """
-        return few(data, self.n, self.name)
-
-    def tamper(self, model: LanguageModel, data: Corpora, recorder: Recorder) -> LanguageModel:
-        """See :meth:`Attack.tamper`; steps and order of data follow from the settings alone."""
-        plain = self.plain()
-        model = plain.trained(model)
+    def coordinates(self, model: LanguageModel, data: Corpora) -> Coordinates:
+        """See :meth:`Reparametrised.coordinates`."""
         rows = Batch(tokens(model, data).rows, "harmful").split(self.batch_size)
-        coordinates = whitened(model.network, list(rows), self.ridge)
-        streams = plain.streams({"train": data["harmful"]}, model)
-        train(
-            coordinates,
-            model,
-            streams,
-            plain.how(),
-            recorder,
-            spent=plain.spent(model, streams["train"]),
-            identity=identity(self, model, data),
-        )
-        return model
+        return whitened(model.network, list(rows), self.ridge)
 
 
 class _White:
