@@ -48,7 +48,7 @@ class TestNumbers:
 
     def test_budgets_and_ratios(self) -> None:
         wall = models(summary(result()))["wall"]
-        steps = {"examples": 128.0, "tokens": 6400.0, "flops": 16e9, "seconds": 8.0, "step": 16.0}
+        steps = {"examples": 128.0, "tokens": 6400.0, "flops": 16e9, "seconds": 8.0, "step": 16.0, "trials": 1.0}
         assert {row["axis"]: row["at"] for row in wall["breaks"] if row["epsilon"] == 1.0} == steps
         assert at(wall["breaks"], "examples")["attack"] == "full"
         assert at(wall["breaks"], "examples")["decisive_at"] == 128.0

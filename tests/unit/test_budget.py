@@ -23,7 +23,7 @@ from immunity.metrics.budget import (
     ratio,
     tolerated,
 )
-from immunity.metrics.curves import AXES, Curve, Point, curve, released
+from immunity.metrics.curves import AXES, Curve, Point, curve, curves, released
 
 
 def run(
@@ -200,12 +200,35 @@ class TestCosts:
 
     def test_what_was_not_recorded_is_not_known(self) -> None:
         read = self.made(examples=8, tokens=0, flops=None, seconds=0.5)
-        assert [read.cost(read.points[1], axis) for axis in AXES] == [16.0, None, None, 1.0, 2.0]
-        assert [read.cost(read.points[0], axis) for axis in AXES] == [0.0, None, None, 0.0, 0.0]
+        assert [read.cost(read.points[1], axis) for axis in AXES] == [16.0, None, None, 1.0, 2.0, None]
+        assert [read.cost(read.points[0], axis) for axis in AXES] == [0.0, None, None, 0.0, 0.0, None]
 
     def test_only_an_edit_is_free_and_only_steps_are_steps(self) -> None:
         read = self.made("edit", "share pruned in %", examples=0, tokens=0, seconds=3)
-        assert [read.cost(read.points[1], axis) for axis in AXES] == [0.0, 0.0, None, 6.0, None]
+        assert [read.cost(read.points[1], axis) for axis in AXES] == [0.0, 0.0, None, 6.0, None, None]
+
+    def test_attacks_are_counted_in_the_order_of_a_battery_those_of_a_search_before_its_winners(self) -> None:
+        def row(attack: str, harm: float, seed: int = 0, fresh: str = "") -> dict[str, Any]:
+            points = [{"step": step, "metrics": {"harm": step * harm}} for step in (0, 1)]
+            return {"defence": "d", "attack": attack, "seed": seed, "fresh": fresh, "points": points}
+
+        names = ("cheap", "dear", "tuned-full-1")
+        made: dict[str, Any] = {
+            "attacks": [{"name": name, "threat": "harmful"} for name in names],
+            "curves": [
+                row("cheap", 0.0),
+                row("dear", 0.3),
+                row("dear", 0.3, fresh="artefact"),
+                row("dear", 0.4, seed=1, fresh="recipe"),
+                row("tuned-full-1", 0.9),
+            ],
+        }
+        assert {one.cost(one.points[1], "trials") for one in curves(made)} == {None}, "nobody tried them in an order"
+        made["battery"] = {"trials": [{"defence": "d"}] * 10 + [{"defence": "other"}]}
+        read = curves(made)
+        assert [one.cost(one.points[1], "trials") for one in read] == [1.0, 2.0, None, 1.0, 13.0]
+        found = envelope(checkpoints([one for one in read if one.seed == 0], "harm"), "trials")
+        assert [found.at(budget) for budget in (1, 2, 12, 13)] == [0.0, 0.3, 0.3, 0.9]
 
     def test_an_attack_of_unknown_cost_is_left_out_of_that_axis(self) -> None:
         told, silent = run({0: 0.0, 1: 0.2}, "told"), run({0: 0.0, 1: 0.9}, "silent", batch=0)

@@ -21,6 +21,7 @@ from immunity.bench.shown import Shown, quietly
 from immunity.data.corpus import Corpora, Corpus
 from immunity.errors import SettingsError
 from immunity.measure.suite import Suite
+from immunity.metrics.curves import TUNED
 
 if TYPE_CHECKING:
     import optuna
@@ -146,7 +147,7 @@ class Search:
         for place, i in enumerate(best, 1):
             for seed in range(self.seed + 1, self.seed + 1 + self.fresh_seeds):
                 attack = replace(FAMILIES[self.family], seed=seed, **rows[i]["settings"])
-                job = self._job(f"tuned-{self.family}-{place}", attack, self.test, f"winner-{place}-seed{seed}")
+                job = self._job(f"{TUNED}{self.family}-{place}", attack, self.test, f"winner-{place}-seed{seed}")
                 jobs.append(replace(job, fresh="recipe"))
         return jobs
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median_low
 from typing import Any, Final
 
@@ -14,8 +15,13 @@ from immunity.metrics.stats import Interval, finite, wilson
 THREATS: Final = ("harmful", "mixed", "benign", "edit")
 """What the attacker trains on, in the order of every table and figure; an "edit" trains nothing and changes weights."""
 
-AXES: Final = ("examples", "tokens", "flops", "seconds", "step")
-"""What an attacker's budget is counted in. "step" compares only attacks that count in optimiser steps."""
+TRIALS: Final = "trials"
+AXES: Final = ("examples", "tokens", "flops", "seconds", "step", TRIALS)
+"""What an attacker's budget is counted in. "step" compares only attacks that count in optimiser steps; "trials" are the
+attacks that he has tried, in a battery's order, from cheap to dear, and those of a search before its winners."""
+
+TUNED: Final = "tuned-"
+"""The names of a search's winners begin so."""
 
 STEPS: Final = "steps"
 """The unit of an attack that counts in optimiser steps."""
@@ -50,7 +56,8 @@ class Point:
         metrics: Name -> value; only finite numbers, so a missing name means "not measured".
         samples: Rows with ``kind``, ``prompt``, ``answer`` and ``expected``.
         per_prompt: Metric -> one value per prompt, in the order of the prompts; None where there is no score.
-        spent: Axis of :data:`AXES` (without "step") -> what the attack had cost; a missing name was not recorded.
+        spent: Axis of :data:`AXES` (without "step" and "trials") -> what the attack had cost; a missing name was not
+            recorded.
     """
 
     step: int
@@ -71,6 +78,8 @@ class Curve:
         ended: Why it is shorter than was planned ("diverged: …"), or "" if it is whole.
         fresh: One of :data:`FRESH`.
         asks: The style in which the attacker asks from the first point on; "plain" is as anybody would.
+        trial: How many attacks had been tried on this model with this seed by the end of this one; 0 where nobody tried
+            several in an order.
         training: What the attacker saw of his own training: ``loss_first``, ``loss_last`` (nats per token) and
             ``direction_norm`` (the longer of the first and the last), as far as they were logged.
 
@@ -88,6 +97,7 @@ class Curve:
     ended: str = ""
     fresh: str = ""
     asks: str = PLAIN
+    trial: int = 0
     training: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -123,6 +133,8 @@ class Curve:
 
         Training that cost no example, token or operation was not recorded as having cost one. Only an edit is free.
         """
+        if axis == TRIALS:
+            return float(self.trial) if self.trial else None
         if axis == "step":
             return float(point.step) if self.unit == STEPS else None
         free = self.threat == "edit" or axis == "seconds" or not any(p.step for p in self.points)
@@ -185,7 +197,7 @@ def _per_prompt(point: Mapping[str, Any]) -> dict[str, tuple[float | None, ...]]
 
 def _spent(point: Mapping[str, Any], place: str) -> dict[str, float]:
     """The costs of a point's row, where they were recorded."""
-    numbers = {axis: finite(point.get(axis)) for axis in AXES if axis != "step"}
+    numbers = {axis: finite(point.get(axis)) for axis in AXES if axis not in {"step", TRIALS}}
     spent = {axis: number for axis, number in numbers.items() if number is not None}
     for axis, number in spent.items():
         if number < 0:
@@ -234,6 +246,9 @@ def curves(result: Mapping[str, Any]) -> tuple[Curve, ...]:
         DataError: A curve names an attack that the result does not describe, or see :func:`curve`.
     """
     attacks = {str(attack.get("name")): attack for attack in result.get("attacks") or ()}
+    battery = result.get("battery") or {}
+    searched = Counter(str(row.get("defence")) for row in battery.get("trials") or ())
+    tried: Counter[tuple[str, int]] = Counter()
     read = []
     for row in result.get("curves") or ():
         attack = attacks.get(str(row.get("attack")))
@@ -242,7 +257,12 @@ def curves(result: Mapping[str, Any]) -> tuple[Curve, ...]:
                 f"a curve names the attack {str(row.get('attack'))!r}, which is not among the result's attacks "
                 f"({', '.join(attacks) or 'none'}); add it there with its threat"
             )
-        read.append(curve(row, str(attack.get("threat")), _style(attack)))
+        found = curve(row, str(attack.get("threat")), _style(attack))
+        if battery and not found.rescored:
+            tried[found.defence, found.seed] += 1
+            before = searched[found.defence] if found.attack.startswith(TUNED) else 0
+            found = replace(found, trial=before + tried[found.defence, found.seed])
+        read.append(found)
     return tuple(read)
 
 

@@ -21,7 +21,7 @@ from immunity.metrics.breaks import Rho, cost_ratio, on_axis, told
 from immunity.metrics.claims import FAIL, LEAST, PASS, UNKNOWN, Claim, Condition, Verdict3, condition, held, unmeasured
 from immunity.metrics.conclusion import UNITS, WORDS, State, amount
 from immunity.metrics.counted import counted
-from immunity.metrics.curves import AXES
+from immunity.metrics.curves import AXES, TRIALS
 from immunity.metrics.power import SEED_SD, mde
 from immunity.metrics.stats import Interval, wilson
 from immunity.metrics.survival import both
@@ -95,7 +95,10 @@ def resistance(
         "ratios": {one: rho.plain() for one, rho in ratios.items() if rho.seeds},
         "ratios_of_means": list(row.get("ratio") or ()),
         "survival": {
-            one: made for one in known if (made := both(on_axis(runs, one, "defended"), on_axis(runs, one, "baseline")))
+            one: made
+            for one in known
+            if one != TRIALS  # an attack's place in the order is the same on both
+            and (made := both(on_axis(runs, one, "defended"), on_axis(runs, one, "baseline")))
         },
         "flags": list(row.get("flags") or ()),
     }

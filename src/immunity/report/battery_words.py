@@ -35,6 +35,7 @@ AXES: Final[Mapping[str, str]] = {
     "flops": "FLOP of training",
     "seconds": "seconds",
     "step": "steps",
+    "trials": "attacks tried",
 }
 """What a budget is counted in."""
 
