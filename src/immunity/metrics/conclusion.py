@@ -10,7 +10,7 @@ from typing import Any, Final
 from immunity.checks import Flag
 from immunity.metrics.budget import Break
 from immunity.metrics.counted import counted, in_units
-from immunity.metrics.curves import AXES
+from immunity.metrics.curves import AXES, TRIALS
 from immunity.metrics.worst import Again, Best, Portfolio
 
 HARMFUL: Final = 0.5
@@ -23,6 +23,7 @@ UNITS: Final[Mapping[str, str]] = {
     "flops": "FLOP",
     "seconds": "seconds",
     "step": "steps",
+    "trials": "attacks",
 }
 
 
@@ -142,7 +143,8 @@ def _unbroken(found: Findings, best: Best) -> str:
         return (
             f"No conclusion: only the model as released was measured ({found.word} {best.value:.2f}{_lost(found.rows)})"
         )
-    axis = next((axis for axis in AXES if axis in found.breaks and found.breaks[axis].censored_at), None)
+    known = (axis for axis in AXES if axis != TRIALS)  # how many attacks there were is said anyway
+    axis = next((axis for axis in known if axis in found.breaks and found.breaks[axis].censored_at), None)
     most = "any budget tried" if axis is None else f"T_max = {amount(found.breaks[axis].censored_at, axis)}"
     tried = len({row["attack"] for row in found.rows if row["peak"] is not None})
     attacks = f"{counted(tried, 'attack')}{_lost(found.rows)}"
