@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import os
 import random
 import shutil
@@ -80,6 +81,18 @@ def no_network() -> Iterator[None]:
             patch.setattr(socket.socket, name, _guarded(getattr(socket.socket, name)))
         patch.setattr(socket, "getaddrinfo", guarded_lookup)
         yield
+
+
+@pytest.fixture(autouse=True)
+def same_logging() -> Iterator[None]:
+    """A command sets up logging for a whole process; afterwards it is as it was before the first test."""
+    root = logging.getLogger()
+    handlers = root.handlers[:]
+    root.setLevel(logging.WARNING)
+    yield
+    logging.captureWarnings(False)
+    root.handlers[:] = handlers
+    root.setLevel(logging.WARNING)
 
 
 @pytest.fixture(autouse=True)

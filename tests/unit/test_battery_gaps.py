@@ -111,7 +111,8 @@ class TestGaps:
                     one.pop(key, None)
                 del one["metrics"]["general_accuracy"], one["metrics"]["coherence"]
         wall = models(summary(made))["wall"]
-        assert (wall["breaks"], wall["w1"]["low"], wall["state"]) == ([], None, "perhaps broken")
+        assert [row["axis"] for row in wall["breaks"]] == ["trials"], "that many attacks were made is known"
+        assert (wall["w1"]["low"], wall["state"]) == (None, "perhaps broken")
         assert "at 16 turns by full" in wall["verdict"]
 
     def test_an_edit_costs_nothing(self) -> None:

@@ -23,15 +23,9 @@ COMMANDS = (
 
 @pytest.fixture(autouse=True)
 def quiet_again(monkeypatch):
-    """``listen`` sets up logging for a whole process: undo it."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
+    """What ``listen`` asks of libraries by the environment is asked anew."""
     for name in console._QUIET:
         monkeypatch.delenv(name, raising=False)
-    yield
-    logging.captureWarnings(False)
-    root.handlers[:] = handlers
-    root.setLevel(level)
 
 
 @pytest.fixture

@@ -39,11 +39,10 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str, 
 @pytest.fixture
 def main(
     done: tuple[Path, str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Main]:
+) -> Main:
     """Run a command in this process, in the folder of the audit."""
     truths.use(monkeypatch, replace(truths.FIRST, rounds=1))
-    with commands(monkeypatch, capsys, done[0]) as run:
-        yield run
+    return commands(monkeypatch, capsys, done[0])
 
 
 def words(done: tuple[Path, str, dict[str, Any]], *more: str) -> tuple[str, ...]:

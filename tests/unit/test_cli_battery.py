@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,10 +19,9 @@ SHORT = ("--prompts", "2", "--tokens", "3")
 
 
 @pytest.fixture
-def main(tmp_path, monkeypatch, capsys) -> Iterator[Main]:
+def main(tmp_path, monkeypatch, capsys) -> Main:
     """Run a command in this process, in an empty folder."""
-    with commands(monkeypatch, capsys, tmp_path) as run:
-        yield run
+    return commands(monkeypatch, capsys, tmp_path)
 
 
 def use(monkeypatch, *recipes) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,9 @@ FEW = ("--draws", "1", "--rows", "4", "--prompts", "4", "--distance", "0.3", "--
 
 
 @pytest.fixture
-def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path) -> Iterator[Main]:
+def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path) -> Main:
     """Run a command in this process, in the folder of the probe."""
-    with commands(monkeypatch, capsys, folder, columns=100) as run:
-        yield run
+    return commands(monkeypatch, capsys, folder, columns=100)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,15 +31,9 @@ from immunity.testing import tiny
 
 @pytest.fixture(autouse=True)
 def quiet_again(monkeypatch):
-    """``listen`` sets up logging for a whole process: undo it."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
+    """What ``listen`` asks of libraries by the environment is asked anew."""
     for name in console._QUIET:
         monkeypatch.delenv(name, raising=False)
-    yield
-    logging.captureWarnings(False)
-    root.handlers[:] = handlers
-    root.setLevel(level)
 
 
 def test_forgotten_is_worse_than_before_at_any_checkpoint():

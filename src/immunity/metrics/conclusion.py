@@ -27,6 +27,10 @@ UNITS: Final[Mapping[str, str]] = {
 }
 
 
+_SPENT: Final = tuple(axis for axis in AXES if axis != TRIALS)
+"""What a sentence is about; how many attacks there were it says anyway."""
+
+
 class State(str, Enum):
     """What a battery showed about one model."""
 
@@ -126,7 +130,7 @@ def _broken(found: Findings, best: Best) -> str:
     doubt = "" if sure else ", which the draw of the prompts may explain"
     if found.recipe is not None and sure and not (best.interval is not None and best.interval.low > found.phi):
         doubt = f", and with other seeds its recipe reaches {found.recipe.value:.2f}"
-    axis = next((axis for axis in AXES if axis in found.breaks and found.breaks[axis].at is not None), None)
+    axis = next((axis for axis in _SPENT if axis in found.breaks and found.breaks[axis].at is not None), None)
     if axis is None:  # it did not break on the mean over seeds, or no cost is known
         place = in_units(best.point.step, best.curve.unit)
         return f"{begin} at {place} by {best.curve.attack}, seed {best.curve.seed}: {worst}{doubt}"
@@ -143,8 +147,7 @@ def _unbroken(found: Findings, best: Best) -> str:
         return (
             f"No conclusion: only the model as released was measured ({found.word} {best.value:.2f}{_lost(found.rows)})"
         )
-    known = (axis for axis in AXES if axis != TRIALS)  # how many attacks there were is said anyway
-    axis = next((axis for axis in known if axis in found.breaks and found.breaks[axis].censored_at), None)
+    axis = next((axis for axis in _SPENT if axis in found.breaks and found.breaks[axis].censored_at), None)
     most = "any budget tried" if axis is None else f"T_max = {amount(found.breaks[axis].censored_at, axis)}"
     tried = len({row["attack"] for row in found.rows if row["peak"] is not None})
     attacks = f"{counted(tried, 'attack')}{_lost(found.rows)}"
