@@ -140,11 +140,8 @@ def ratio(found: Mapping[str, Any]) -> str:
 
 def taught(condition: Mapping[str, Any], role: str) -> float | None:
     """Mean accuracy at the end of honest fine-tuning, over tasks, adapters and rounds."""
-    ends = [
-        one["details"]["after" if role == "model" else "before"]
-        for one in condition["claims"]
-        if one["name"].startswith("final accuracy") and one["details"].get("after") is not None
-    ]
+    claims = [one["details"] for one in condition["claims"] if one["name"].startswith("final accuracy")]
+    ends = [details[role] for details in claims if details.get(role) is not None]
     return fmean(ends) if ends else None
 
 
@@ -183,7 +180,7 @@ def main() -> None:
         done = [place / f"audit-{study['tier']}" for place in places]
         found = [json.loads((one / "result.json").read_text()) for one in done if (one / "scorecard.md").is_file()]
         if found:
-            print("| " + " | ".join((f"{defence['name']} ({len(found)} seeds)", *row(found))) + " |")
+            print("| " + " | ".join((f"{defence['name']} (seeds: {len(found)})", *row(found))) + " |")
 
 
 if __name__ == "__main__":
