@@ -6,6 +6,7 @@ import json
 import logging
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.request import HTTPBasicAuthHandler
@@ -42,17 +43,14 @@ class Server:
                     outer.at_once += 1
                     outer.most = max(outer.most, outer.at_once)
                     n = len(outer.asked)
-                try:
-                    said = outer.plan(body["messages"][-1]["content"], n)
+                said = outer.plan(body["messages"][-1]["content"], n)
+                with outer.lock:
+                    outer.at_once -= 1  # before the answer is out, after which the next request may come
+                with suppress(BrokenPipeError, ConnectionResetError):
                     if callable(said):
                         said(self)
                     else:
                         reply(self, 200, {"choices": [{"message": {"content": said}, "finish_reason": "stop"}]})
-                except (BrokenPipeError, ConnectionResetError):
-                    pass
-                finally:
-                    with outer.lock:
-                        outer.at_once -= 1
 
             def do_GET(self):
                 outer.asked.append((self.path, None))
