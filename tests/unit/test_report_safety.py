@@ -9,7 +9,6 @@ import math
 import re
 import runpy
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from hypothesis import strategies as st
 
 from immunity.report.clean import MAX_ANSWER, cleaned, script_json, shortened, visible
 from immunity.report.page import render
+from read_page import Elements
 
 made_up_result: Callable[..., dict[str, Any]] = runpy.run_path(
     str(Path(__file__).parents[1] / "fixtures" / "made_up.py")
@@ -27,28 +27,6 @@ made_up_result: Callable[..., dict[str, Any]] = runpy.run_path(
 MARKUP = "</script><script>window.pwned=1</script><img src=x onerror=window.pwned=2>{{7*7}}{% raw %}"
 HOSTILE = f"{MARKUP}\u202eevil\u2028'\"&"
 SMALL: dict[str, Any] = {"defences": ("CTRAP, K = 12",), "attacks": ("AdamW, every weight",), "seeds": (0,)}
-
-
-class Elements(HTMLParser):
-    """Every start tag with its attributes, and all text outside scripts and styles."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.raw = ""
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        self.raw = tag
-
-    def handle_data(self, data: str) -> None:
-        if self.raw not in {"script", "style"}:
-            self.text += data
-
-    def handle_endtag(self, tag: str) -> None:
-        self.raw = ""
 
 
 def embedded(page: str) -> Any:
@@ -102,7 +80,7 @@ class TestSafety:
         assert not re.search(r"<[^>]*\son\w+=", re.sub(r'"[^"]*"', '""', poisoned))
 
     def test_hostile_text_is_shown_as_it_is(self, poisoned: str) -> None:
-        text = Elements(poisoned).text
+        text = Elements(poisoned, "").text
         assert MARKUP in text
         assert "49" not in re.findall(r"pwned=2>(..)", text)
 

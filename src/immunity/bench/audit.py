@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from immunity.bench import pool, squad, store
-from immunity.bench.assault import Assault, check
+from immunity.bench.assault import check
 from immunity.bench.audited import begin, broke, even, joined, learnt, place, refuse_other
 from immunity.bench.errands import Errand, Errands
 from immunity.bench.geometry import beside
@@ -204,22 +204,12 @@ class Audit:
 
     def _done(self, jobs: Sequence[Job], progress: Shown, failed: dict[str, str]) -> dict[str, dict[str, Any]]:
         """Title -> record of every job that came to an end; the errors of the others go to ``failed``."""
-        assaults = [job for job in jobs if isinstance(job, Assault)]
-        crewed: list[Job] = [*squad.grouped(assaults), *[job for job in jobs if not isinstance(job, Assault)]]
-        first = self._crew(crewed, progress)
-        parted = [
-            one for outcome in (*first, *self._crew(squad.alone(first), progress)) for one in squad.parted(outcome)
-        ]
-        last = {one.job.title: one for one in parted}
+        last = squad.run(jobs, workers=self.workers, threads=self.threads, progress=progress)
         failed.update({title: one.error for title, one in last.items() if one.record is None})
         return {title: one.record for title, one in last.items() if one.record is not None}
 
-    def _crew(self, jobs: Sequence[Job], progress: Shown) -> list[Outcome]:
-        if not jobs:
-            return []
-        threads = self.threads or max(1, pool.cores() // self.workers)
-        with progress(jobs, [1.0] * len(jobs)) as shown:
-            return pool.run(jobs, workers=self.workers, threads=threads, progress=shown)
+    def _alone(self, job: Job) -> Outcome:
+        return squad.crew([job], workers=self.workers, threads=self.threads, progress=quietly)[0]
 
     def _tamper(self) -> AutoTamper:
         size, errands, home = self.size, self._errands, self.data.home
@@ -286,7 +276,7 @@ class Audit:
         rows += list(self._threats(result))
         if attacks:
             opening, folder = replace(attacks[0].job.opening, source=self.baseline), self.folder / "overlap"
-            reader = Reader(baseline=opening, folder=folder, crew=lambda job: self._crew([job], quietly)[0])
+            reader = Reader(baseline=opening, folder=folder, crew=self._alone)
             sets = asked_in(self.data.attacked(self.size), self._errands.suite)
             return generalisation(rows, self._trained_on(), duplicates=duplicates(hardened(self.model), sets, reader))
         return generalisation(rows, self._trained_on())

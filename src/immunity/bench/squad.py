@@ -14,9 +14,11 @@ import torch
 from immunity.attacks import fleet
 from immunity.attacks.attack import Opening
 from immunity.attacks.finetune import FineTune
+from immunity.bench import pool
 from immunity.bench.assault import Assault
 from immunity.bench.jobs import Job
 from immunity.bench.keeping import Tell, claimed, finished
+from immunity.bench.shown import Shown
 from immunity.bench.worker import Outcome
 from immunity.errors import ImmunityError
 
@@ -106,6 +108,23 @@ def grouped(jobs: Sequence[Assault]) -> list[Job]:
             members = tuple(together[i] for i in group)
             found.append(Squad(members=members) if len(members) > 1 else members[0])
     return sorted(found, key=lambda job: not isinstance(job, Squad))
+
+
+def crew(jobs: Sequence[Job], *, workers: int, threads: int | None, progress: Shown) -> list[Outcome]:
+    """What became of the jobs, in their order; by default the workers share the cores."""
+    if not jobs:
+        return []
+    with progress(jobs, [1.0] * len(jobs)) as shown:
+        return pool.run(jobs, workers=workers, threads=threads or max(1, pool.cores() // workers), progress=shown)
+
+
+def run(jobs: Sequence[Job], *, workers: int, threads: int | None, progress: Shown) -> dict[str, Outcome]:
+    """Title -> outcome of every job; attacks that fit together go as squads, what a failed one left undone alone."""
+    attacks = [job for job in jobs if isinstance(job, Assault)]
+    others = [job for job in jobs if not isinstance(job, Assault)]
+    first = crew([*grouped(attacks), *others], workers=workers, threads=threads, progress=progress)
+    again = crew(alone(first), workers=workers, threads=threads, progress=progress)
+    return {one.job.title: one for outcome in (*first, *again) for one in parted(outcome)}
 
 
 def pays(opening: Opening) -> bool:

@@ -17,7 +17,6 @@ from immunity.attacks.recipe import Recipe
 from immunity.bench import pool, probes, squad, standins
 from immunity.bench.assault import Assault, Broken, Until, check
 from immunity.bench.hardened import hardened, ordinary
-from immunity.bench.jobs import Job
 from immunity.bench.search import FAMILIES, Search, halves
 from immunity.bench.shown import Shown, quietly
 from immunity.bench.tampered import refuse_other, skipped_row, written
@@ -223,17 +222,8 @@ class AutoTamper:
 
     def _all(self, jobs: Sequence[Assault], progress: Shown) -> dict[str, Outcome]:
         """Title -> outcome of every job; a job that fails is an outcome, too."""
-        together = self._run(squad.grouped(jobs), progress)
-        outcomes = [*together, *self._run(squad.alone(together), progress)]
-        found = {one.job.title: one for outcome in outcomes for one in squad.parted(outcome)}
+        found = squad.run(jobs, workers=self.workers, threads=self.threads, progress=progress)
         return {job.title: found[job.title] for job in jobs}
-
-    def _run(self, jobs: Sequence[Job], progress: Shown) -> list[Outcome]:
-        if not jobs:
-            return []
-        threads = self.threads or max(1, pool.cores() // self.workers)
-        with progress(jobs, [1.0] * len(jobs)) as shown:
-            return pool.run(jobs, workers=self.workers, threads=threads, progress=shown)
 
     def _broken(self, outcomes: Mapping[str, Outcome]) -> str:
         """What broke the model under attack, or "": only its own curves count, never a baseline's."""
