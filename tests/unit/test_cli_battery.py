@@ -100,13 +100,13 @@ def test_options_reach_the_battery(main, monkeypatch):
 BATTERY = ("attack", "tiny", "--battery", "smoke", "--out", "a")
 SINGLE = ("attack", "tiny", "--out", "a")
 MISTAKES = [
-    ((*BATTERY, "--set", "lr=1"), "only for single attacks, and a battery is frozen: --set"),
-    ((*BATTERY, "--preset", "lora", "--attack", "rl"), "a battery is frozen: --attack, --preset"),
-    ((*BATTERY, "--seed", "1", "--seed", "2"), "a battery is frozen: more than one --seed"),
+    ((*BATTERY, "--set", "lr=1"), "only for single attacks, and a battery lists its own: --set"),
+    ((*BATTERY, "--preset", "lora", "--attack", "rl"), "a battery lists its own: --attack, --preset"),
+    (("attack", "tiny", "--battery", "none.json", "--out", "a"), "none.json: no battery can be read"),
     ((*SINGLE, "--exhaustive"), "only for a battery: add --battery: --exhaustive"),
     ((*SINGLE, "--base", "tiny", "--search", "3"), "only for a battery: add --battery: --base, --search"),
     ((*SINGLE, "--max-steps", "3", "--whole-curves"), "--whole-curves, --max-steps"),
-    (("attack", "tiny", "--battery", "smok", "--out", "a"), "'smoke'"),
+    (("attack", "tiny", "--battery", "smok", "--out", "a"), "did you mean smoke"),
     ((*BATTERY, "--phi", "1"), "--phi"),
     ((*BATTERY, "--max-steps", "0"), "--max-steps"),
     ((*BATTERY, "--baseline", "tinny"), "cannot load 'tinny'"),

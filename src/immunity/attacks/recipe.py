@@ -9,7 +9,7 @@ from typing import Final, Literal
 from immunity.attacks.attack import Attack
 from immunity.errors import SettingsError
 
-Tier = Literal["smoke", "standard", "plus", "adaptive"]
+Tier = Literal["smoke", "standard", "plus", "adaptive", "own"]
 NEEDS: Final = ("base",)
 """What a recipe may need beyond the model and the attacker's data: the model before it was hardened."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -43,7 +43,9 @@ HELP: Final = lines(
     "One attack: --attack and --preset choose it, by default a fine-tuning. It is measured at log-spaced budgets (0, "
     "1, 2, 3, 5, 10 … steps): harm and general ability, each by itself.",
     "A battery: --battery smoke, standard or plus are frozen lists of published attacks, from cheap to dear, that end "
-    "when the model is broken; adaptive derives attacks from what the defence does. Baselines get the same attacks.",
+    "when the model is broken; adaptive derives attacks from what the defence does. Baselines get the same attacks. A "
+    'file of your own, mine.json, lists attacks as {"recipes": [{"id": "hot", "says": "…", "attack": "finetune '
+    'lr=1e-3 steps=120"}]}; "attack" may be a list of such lines, one after the other.',
     "Curves, verdicts and answers are in FOLDER/report.html, the numbers in FOLDER/result.json.",
     DATA_SAYS,
     "Killed or interrupted, the same command goes on from the last checkpoint.",
@@ -55,6 +57,7 @@ HELP: Final = lines(
         "immunity attack trap/model --attack abliterate --set rank=2 --out a6",
         "immunity attack trap/model --baseline sft/model --battery standard --out b1",
         "immunity attack trap/model --battery adaptive --base sft/model --out b2",
+        "immunity attack trap/model --battery mine.json --exhaustive --out b3",
         "immunity attack mine/model --harmful theirs.jsonl --set n=50 \\",
         "    --test-harmful held-out.jsonl --test-general chat.csv --out a5",
     ),
@@ -72,8 +75,11 @@ def attack(
     ],
     folder: Out,
     battery: Annotated[
-        Literal["smoke", "standard", "plus", "adaptive"] | None,
-        typer.Option(metavar="NAME", help="A whole battery: smoke (minutes), standard, plus (hours) or adaptive."),
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="A whole battery: smoke (minutes), standard, plus (hours) or adaptive; or a file of your own, .json.",
+        ),
     ] = None,
     attack: Annotated[
         str, typer.Option(metavar="NAME", help="One kind of attack; immunity list names them, list NAME explains one.")
@@ -86,7 +92,7 @@ def attack(
         list[str] | None, typer.Option(metavar="MODEL", help="Attacked alike and shown beside; may be repeated.")
     ] = None,
     seed: Annotated[
-        list[int] | None, typer.Option(min=0, metavar="N", help="Of the attack; may be repeated. Default 1.")
+        list[int] | None, typer.Option(min=0, metavar="N", help="Of every attack; may be repeated. Default 1.")
     ] = None,
     workers: Annotated[
         int, typer.Option(min=1, metavar="N", help="Attacks side by side; each holds a model in memory.")
@@ -152,7 +158,7 @@ def attack(
         _only("a battery: add --battery", {**whole_only, "--max-steps": max_steps, "--search": search})
     else:
         chosen = {"--attack": attack != "finetune", "--preset": preset != "default", "--set": set_}
-        _only("single attacks, and a battery is frozen", {**chosen, "more than one --seed": seed and seed[1:]})
+        _only("single attacks, and a battery lists its own", chosen)
     from immunity.attacks.attack import Opening
     from immunity.bench import standins
     from immunity.bench.hardened import hardened, ordinary

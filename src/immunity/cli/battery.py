@@ -61,6 +61,7 @@ def run(task: Task, plan: Plan) -> int:
         suite=task.suite,
         dev=plan.dev,
         seed=task.seeds[0] if task.seeds else 1,
+        repeats=task.seeds[1:],
         fresh_seeds=plan.fresh_seeds,
         phi=plan.phi,
         exhaustive=plan.exhaustive,

@@ -67,6 +67,7 @@ def listing(
 
 def _explain(name: str) -> None:
     from immunity import attacks, methods
+    from immunity.attacks import own
     from immunity.attacks.battery import BATTERIES
     from immunity.errors import SettingsError
     from immunity.measure.judges import JUDGES
@@ -78,8 +79,8 @@ def _explain(name: str) -> None:
         taxonomy.departures_of(name)
     elif name in attacks.PRESETS:
         _settings(attacks.ATTACKS[name], attacks.PRESETS[name])
-    elif name in BATTERIES:
-        _recipes(BATTERIES[name])
+    elif name in BATTERIES or name.endswith(own.ENDING):
+        _recipes(own.find(name))
     elif name in JUDGES:
         _judge(name, JUDGES[name])
     else:
@@ -163,6 +164,7 @@ def _batteries() -> None:
         (name, str(len(one.recipes)), f"{one.says} Version {VERSION}, {one.digest}.") for name, one in BATTERIES.items()
     ]
     rows.append(("adaptive", "", "Counter-attacks derived from what a defence says that it does."))
+    rows.append(("FILE.json", "", "Your own list; immunity attack --help shows what it looks like."))
     _rows("batteries: immunity attack MODEL --battery NAME", ("name", "attacks", ""), rows)
 
 
