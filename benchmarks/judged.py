@@ -13,61 +13,17 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import re
-import shlex
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from study import hardened, read, run, slug
+
 Result = Mapping[str, Any]
 
 CONDITIONS = ("resistance", "stability", "generalisation", "trainability")
 VERDICTS = {"pass": "✓", "fail": "✕", "not enough evidence": "?"}
-
-
-def slug(name: str) -> str:
-    """A folder's name."""
-    return "-".join(re.findall(r"[a-z0-9.]+", name.lower()))
-
-
-def run(*words: str) -> None:
-    """Run ``immunity`` with these words, and say so."""
-    print("$ immunity", shlex.join(words), flush=True)
-    ended = subprocess.run([Path(sys.executable).with_name("immunity"), *words], check=False, stdout=subprocess.DEVNULL)
-    if ended.returncode:
-        raise SystemExit(f"that ended with exit code {ended.returncode}")
-
-
-def hardened(study: Mapping[str, Any], defence: Mapping[str, Any], seed: int, folder: Path) -> Path:
-    """The saved model of one defence and one seed."""
-    aligned, here = folder / f"seed{seed}" / "aligned", folder / f"seed{seed}" / slug(defence["name"])
-    same = [*study["common"].split(), "--seed", str(seed)]
-    if not (aligned / "record.json").is_file():
-        run("immunise", study["model"], "--method", "sft", *study["align"].split(), *same, "--out", str(aligned))
-    start, rows = str(aligned / "model"), list[str]()
-    if "group" in defence:
-        groups = aligned.parent / f"{here.name}-groups"
-        if not (groups / "record.json").is_file():
-            run("group", start, *defence["group"].split(), "--seed", str(seed), "--out", str(groups))
-        for role in ("alignment", "vulnerable"):
-            rows += [f"--{role}", str(groups / f"{role}.jsonl")]
-    if not (here / "record.json").is_file():
-        run(
-            "immunise",
-            start,
-            "--method",
-            defence["method"],
-            *defence["options"].split(),
-            *rows,
-            *same,
-            "--out",
-            str(here),
-        )
-    return here / "model"
 
 
 def judged(study: Mapping[str, Any], model: Path, seed: int, folder: Path, workers: int) -> Result:
@@ -165,10 +121,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--table", action="store_true", help="Only print what there is.")
     asked = parser.parse_args()
-    study = json.loads(asked.study.read_text(encoding="utf-8"))
+    study = read(asked.study)
     study["tier"] = asked.tier or study["tier"]
     study["seeds"] = asked.seed or study["seeds"]
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     defences = [one for one in study["defences"] if not asked.only or one["name"] in asked.only]
     if not asked.table:
         for seed in study["seeds"]:  # all defences with one seed first: they share its baseline

@@ -1,0 +1,137 @@
+"""Many defences under the same attacks, with several seeds of both, and the tables of docs/results.
+
+    python benchmarks/grid.py benchmarks/studies/traps.json --out traps
+    python benchmarks/grid.py benchmarks/studies/traps.json --out traps --only SFT --seed 0
+    python benchmarks/grid.py benchmarks/studies/traps.json --out traps --table docs/results/traps.md
+
+Every defence is hardened from an aligned start, once for each hardening seed, and attacked by batteries of its own,
+every attack to its end and with each attack seed, by the command line and nothing else; the commands are printed. What
+is done is not done again, so a study may take several sittings; the tables show what there is. A cell is the mean over
+seeds with its 95 % interval: prompts and hardening seeds are both drawn anew, attack seeds are averaged before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from study import hardened, read, run, slug
+
+from immunity.metrics.stats import rate
+
+Curve = Mapping[str, Any]
+HERE = Path(__file__).parent
+
+
+class Column(NamedTuple):
+    """What is shown of an attack.
+
+    Attributes:
+        attack: Its id.
+        metric: With one score a prompt.
+        step: Where; None is the end, and 0 before any attack.
+        head: Of the column.
+    """
+
+    attack: str
+    metric: str
+    step: int | None
+    head: str
+
+
+def attacked(study: Mapping[str, Any], part: Mapping[str, str], model: Path, workers: int) -> Mapping[str, Any]:
+    """The result of one battery on one model."""
+    out = model.parent / f"attacked-{part['name']}"
+    if not (out / "result.json").is_file():
+        seeds = [word for seed in study["attack_seeds"] for word in ("--seed", str(seed))]
+        run(
+            "attack", str(model), "--battery", str(HERE / "studies" / part["battery"]), "--exhaustive",
+            "--whole-curves", "--fresh-seeds", "0", *seeds, "--prompts", str(study["prompts"]),
+            "--workers", str(workers), *shlex.split(part.get("options", "")), "--out", str(out),
+        )  # fmt: skip
+    found: Mapping[str, Any] = json.loads((out / "result.json").read_text(encoding="utf-8"))
+    return found
+
+
+def scores(curve: Curve, column: Column) -> list[float] | None:
+    """One score a prompt, at the column's step or the last one before it."""
+    points = [p for p in curve["points"] if column.step is None or p["step"] <= column.step]
+    return (points[-1].get("per_prompt") or {}).get(column.metric) if points else None
+
+
+def told(results: Mapping[int, Sequence[Mapping[str, Any]]], column: Column) -> str:
+    """The mean of a column over seeds, and its interval."""
+    rows = []
+    for parts in results.values():
+        curves = [c for result in parts for c in result["curves"] if c["attack"] == column.attack and not c["fresh"]]
+        found = [one for curve in curves if (one := scores(curve, column)) is not None]
+        if found:
+            rows.append([sum(values) / len(values) for values in zip(*found, strict=True)])
+    if not rows:
+        return "–"
+    centre, spread = sum(map(sum, rows)) / sum(map(len, rows)), rate(rows)
+    return f"{centre:.2f} [{spread.low:.2f}–{spread.high:.2f}]"
+
+
+def tables(study: Mapping[str, Any], folder: Path) -> Iterator[str]:
+    """Lines of Markdown."""
+    found = {defence["name"]: dict(_done(study, defence, folder)) for defence in study["defences"]}
+    for table in study["tables"]:
+        columns = [Column(**column) for column in table["columns"]]
+        yield from ("", f"## {table['title']}", "", table["says"], "")
+        yield "| defence (hardening seeds) | " + " | ".join(column.head for column in columns) + " |"
+        yield "|---|" + "---|" * len(columns)
+        for name, results in found.items():
+            if results:
+                cells = " | ".join(told(results, column) for column in columns)
+                yield f"| {name} ({len(results)}) | {cells} |"
+
+
+def _done(study: Mapping[str, Any], defence: Mapping[str, Any], folder: Path) -> Iterator[tuple[int, list[Any]]]:
+    for seed in study["seeds"]:
+        place = folder / f"seed{seed}" / slug(defence["name"])
+        files = [place / f"attacked-{part['name']}" / "result.json" for part in study["parts"]]
+        if all(one.is_file() for one in files):
+            yield seed, [json.loads(one.read_text(encoding="utf-8")) for one in files]
+
+
+def unknown(study: Mapping[str, Any]) -> Iterable[str]:
+    """Attacks that a table shows and no battery lists."""
+    files = {HERE / "studies" / part["battery"] for part in study["parts"]}
+    listed = {recipe["id"] for one in files for recipe in json.loads(one.read_text(encoding="utf-8"))["recipes"]}
+    return {column["attack"] for table in study["tables"] for column in table["columns"]} - listed
+
+
+def main() -> None:
+    """Do what is not done, and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", action="append", help="A defence's name; may be repeated.")
+    parser.add_argument("--seed", action="append", type=int, help="Instead of the study's seeds; may be repeated.")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--table", type=Path, metavar="FILE", help="Only write the tables of what there is.")
+    asked = parser.parse_args()
+    study = read(asked.study)
+    if lost := sorted(unknown(study)):
+        raise SystemExit(f"{asked.study}: no battery lists {', '.join(lost)}")
+    study["seeds"] = asked.seed or study["seeds"]
+    study["defences"] = [one for one in study["defences"] if not asked.only or one["name"] in asked.only]
+    if asked.table is not None:
+        command = f"`python benchmarks/grid.py {asked.study} --out {asked.out}`"
+        head = [f"# {study['title']}", "", study["says"], "", f"Made by {command}."]
+        asked.table.write_text("\n".join([*head, *tables(study, asked.out), ""]), encoding="utf-8")
+        return
+    for seed in study["seeds"]:
+        for defence in study["defences"]:
+            model = hardened(study, defence, seed, asked.out)
+            for part in study["parts"]:
+                attacked(study, part, model, asked.workers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""The studies of benchmarks/: their files say what there is, and their tables average over the right things."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shlex
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from immunity.attacks import own
+from immunity.methods import PRESETS
+from immunity.spec import build, pairs
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+FILES = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (BENCHMARKS / "studies").glob("*.json")}
+STUDIES = {name: found for name, found in FILES.items() if "defences" in found}
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_defence_is_a_method_with_settings_that_it_has(name, script):
+    slug = script("study").slug
+    defences = STUDIES[name]["defences"]
+    assert len({slug(one["name"]) for one in defences}) == len(defences)
+    for one in defences:
+        words = shlex.split(one["options"])
+        given = [after for word, after in pairwise(words) if word == "--set"]
+        preset = words[words.index("--preset") + 1] if "--preset" in words else "default"
+        assert build(PRESETS[one["method"]][preset], pairs(given)) is not None
+
+
+@pytest.mark.parametrize("name", [name for name, one in STUDIES.items() if "parts" in one])
+def test_every_column_is_an_attack_of_a_battery(name, script):
+    study = STUDIES[name]
+    assert [own.find(str(BENCHMARKS / "studies" / part["battery"])).recipes for part in study["parts"]]
+    assert script("grid").unknown(study) == set()
+    study = {**study, "tables": [{"columns": [{"attack": "none"}]}]}
+    assert script("grid").unknown(study) == {"none"}
+
+
+def curve(attack, *scores, fresh=""):
+    points = [{"step": step, "per_prompt": {"harm": list(row)}} for step, row in scores]
+    return {"attack": attack, "fresh": fresh, "points": points}
+
+
+def test_a_cell_averages_attack_seeds_and_draws_hardening_seeds_and_prompts(script):
+    grid = script("grid")
+    results = {
+        0: [{"curves": [curve("a", (0, [0, 0]), (9, [1, 0])), curve("a", (0, [0, 0]), (9, [1, 1]))]}],
+        1: [{"curves": [curve("b", (0, [1, 1]))]}, {"curves": [curve("a", (0, [0, 0]), (9, [0, 0]))]}],
+        2: [{"curves": [curve("a", (9, [1, 1]), fresh="artefact")]}],
+    }
+    assert grid.told(results, grid.Column("a", "harm", None, "")).startswith("0.38 [0.00–")
+    assert grid.told(results, grid.Column("a", "harm", 8, "")).startswith("0.00 [0.00–")
+    assert grid.told(results, grid.Column("a", "refusal", None, "")) == "–"
+    assert grid.told(results, grid.Column("c", "harm", None, "")) == "–"
