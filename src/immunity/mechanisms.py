@@ -168,7 +168,7 @@ class DirectionSpread:
 
 @dataclass(frozen=True, kw_only=True)
 class Unlearning:
-    """What restricted answers rest on was made unlikely in a model that had it (NPO, ILU)."""
+    """Restricted answers were made unlikely in a model that had them (NPO, ILU, RepNoise, SEAM, NTL, MLAC, TAR)."""
 
 
 @dataclass(frozen=True, kw_only=True)

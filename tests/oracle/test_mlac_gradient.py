@@ -15,7 +15,7 @@ from immunity.batch import IGNORE, Batch, Tokens
 from immunity.errors import SettingsError
 from immunity.fit import Fit, fit
 from immunity.losses import nll
-from immunity.mechanisms import Conditioning, LookAhead
+from immunity.mechanisms import Conditioning, LookAhead, Unlearning
 from immunity.methods.mlac import CLIP, MLAC, _Paced, banded
 from immunity.methods.sft import SFT
 from immunity.models import LoRA, attach
@@ -248,7 +248,7 @@ def test_without_a_walk_it_is_plain_adversarial_censoring():
     want = theta.grad(nll, batch["alignment"]) - LAM * theta.grad(nll, batch["harmful"])
     assert (got - want).norm() < 1e-12 * want.norm()
     assert racing.rates.log.exp().tolist() == [pytest.approx(3e-4)] * 3, "nobody walks, so no rate is learnt"
-    assert method.mechanisms == (Conditioning(),)
+    assert method.mechanisms == (Conditioning(), Unlearning())
 
 
 def least_likely(network: nn.Module, rows: Batch) -> Batch:
@@ -389,7 +389,7 @@ def test_after_it_a_fine_tune_ends_at_a_higher_loss_than_after_sft():
 
 def test_what_it_declares_and_refuses():
     model = made()
-    assert MLAC().mechanisms == (LookAhead(steps=4, radius=3e-4, rule="adamw"),)
+    assert MLAC().mechanisms == (LookAhead(steps=4, radius=3e-4, rule="adamw"), Unlearning())
     assert [p.where for p in MLAC(lam=0.0).problems(model)] == ["lam"]
     assert not MLAC().problems(model)
     flat = replace(model, network=nn.Linear(2, 2))

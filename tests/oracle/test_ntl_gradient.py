@@ -12,7 +12,7 @@ import slow
 from immunity.batch import IGNORE, Batch, Tokens
 from immunity.errors import SettingsError
 from immunity.losses import nll
-from immunity.mechanisms import Conditioning, Representation
+from immunity.mechanisms import Conditioning, Representation, Unlearning
 from immunity.methods import ntl
 from immunity.methods.ntl import NTL
 from immunity.methods.sft import SFT
@@ -214,7 +214,7 @@ def test_few_rows_are_warned_of_once_with_the_reason(network, caplog):
     ("depth", "near"), [(None, "all"), (0.0, "first-half"), (0.5, "middle"), (0.75, "middle"), (1.0, "last-half")]
 )
 def test_mechanisms_say_where_states_are_led_away(depth, near):
-    assert NTL(depth=depth).mechanisms == (Representation(layers=near), Conditioning())
+    assert NTL(depth=depth).mechanisms == (Representation(layers=near), Unlearning(), Conditioning())
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import slow
 from immunity.batch import IGNORE, Batch, Tokens
 from immunity.errors import DataError, SettingsError
 from immunity.losses import nll
-from immunity.mechanisms import Conditioning, Representation
+from immunity.mechanisms import Conditioning, Representation, Unlearning
 from immunity.methods.repnoise import RepNoise
 from immunity.methods.sft import SFT
 from immunity.mmd import FLOOR
@@ -289,7 +289,7 @@ def test_labels_are_whole_numbers_under_bf16(method):
 
 
 def test_mechanisms_say_where_noise_is():
-    assert RepNoise().mechanisms == (Representation(layers="all"), Conditioning())
+    assert RepNoise().mechanisms == (Representation(layers="all"), Unlearning(), Conditioning())
     assert RepNoise(alpha=0.0).mechanisms == (Representation(layers="all"),)
 
 

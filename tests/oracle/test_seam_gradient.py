@@ -16,7 +16,7 @@ from immunity.coupling import cosine, cosine_gradient, expected_survival, surviv
 from immunity.early import every_depth, final_norm
 from immunity.errors import PrecisionError, SettingsError
 from immunity.losses import nll
-from immunity.mechanisms import Collapse, GradientCoupling
+from immunity.mechanisms import Collapse, GradientCoupling, Unlearning
 from immunity.methods.seam import SEAM
 from immunity.methods.sft import SFT
 from immunity.testing import tiny
@@ -299,8 +299,11 @@ def test_problems_come_before_compute():
 
 
 def test_what_it_declares_and_reads():
-    assert SEAM().mechanisms == (GradientCoupling(), Collapse(word="", on="general"))
-    assert not SEAM(beta=0.0).mechanisms
+    coupled = (GradientCoupling(), Collapse(word="", on="general"))
+    assert SEAM().mechanisms == (*coupled, Unlearning())
+    assert SEAM(unlearn="none").mechanisms == coupled
+    assert SEAM(beta=0.0).mechanisms == (Unlearning(),)
+    assert not SEAM(beta=0.0, unlearn="none").mechanisms
     assert SEAM().reads == {"alignment": 1, "harmful": 1, "general": 1}
     assert SEAM.released().reads == {"safe": 1, "harmful": 1, "general": 1}
     assert SEAM(beta=0.0).reads == {"alignment": 1, "harmful": 1}

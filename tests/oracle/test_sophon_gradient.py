@@ -18,7 +18,7 @@ from immunity.batch import IGNORE, Batch
 from immunity.errors import ResumeError, SettingsError
 from immunity.fit import Fit, fit
 from immunity.losses import nll
-from immunity.mechanisms import Conditioning, LookAhead
+from immunity.mechanisms import Conditioning, LookAhead, Unlearning
 from immunity.method import Run, streams
 from immunity.methods import sophon
 from immunity.methods.sft import SFT
@@ -386,7 +386,7 @@ def test_a_fresh_lora_attacker_over_full_weights_and_none_over_an_adapter():
 
 def test_what_it_declares_and_refuses():
     model = made()
-    assert SOPHON().mechanisms == (LookAhead(steps=8, radius=1e-4, rule="adamw"), Conditioning())
+    assert SOPHON().mechanisms == (LookAhead(steps=8, radius=1e-4, rule="adamw"), Unlearning(), Conditioning())
     assert SOPHON(alpha=0.0).mechanisms == ()
     assert [p.where for p in SOPHON(alpha=0.0).problems(model)] == ["alpha"]
     paper, ice = SOPHON.paper(), SOPHON.ice()

@@ -21,7 +21,7 @@ from immunity.bounded import clamped
 from immunity.errors import ModelError, SettingsError
 from immunity.fit import Batches
 from immunity.losses import Loss, nll
-from immunity.mechanisms import Conditioning, LookAhead, Mechanism
+from immunity.mechanisms import Conditioning, LookAhead, Mechanism, Unlearning
 from immunity.method import Card, Problem, StatefulMethod
 from immunity.models import LanguageModel
 from immunity.networks import decoder_blocks
@@ -119,11 +119,11 @@ class MLAC(StatefulMethod):
 
     @property
     def mechanisms(self) -> tuple[Mechanism, ...]:
-        """An attacker of K steps; for K = 0 a bad start for learning; none with λ = 0."""
+        """An attacker of K steps, or for K = 0 a bad start for learning, and answers unlearnt; none with λ = 0."""
         if not self.lam:
             return ()
         walks = LookAhead(steps=self.lookahead, radius=self.lr, rule="adamw") if self.lookahead else Conditioning()
-        return (walks,)
+        return (walks, Unlearning())
 
     def problems(self, model: LanguageModel) -> list[Problem]:
         """λ = 0; blocks that cannot be found for the groups."""

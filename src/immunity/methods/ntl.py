@@ -23,7 +23,7 @@ from immunity.errors import ModelError, SettingsError
 from immunity.fit import Batches
 from immunity.hidden import Site, reading, sites
 from immunity.losses import Loss, nll
-from immunity.mechanisms import Conditioning, Mechanism, Representation
+from immunity.mechanisms import Conditioning, Mechanism, Representation, Unlearning
 from immunity.method import Card, GradientMethod, Problem
 from immunity.mmd import FLOOR, Kernel, Over, mmd2, pooled
 from immunity.models import LanguageModel
@@ -112,12 +112,12 @@ class NTL(GradientMethod):
 
     @property
     def mechanisms(self) -> tuple[Mechanism, ...]:
-        """Restricted states led elsewhere around ``depth``, and a bad start for learning them; none with a weight 0."""
+        """Restricted states led elsewhere around ``depth``, answers unlearnt, badly started; none with a weight 0."""
         if not self.alpha * self.alpha_mmd:
             return ()
         depth = self.depth
         near = "all" if depth is None else "first-half" if depth < 0.25 else "middle" if depth <= 0.75 else "last-half"
-        return (Representation(layers=near), Conditioning())
+        return (Representation(layers=near), Unlearning(), Conditioning())
 
     def problems(self, model: LanguageModel) -> list[Problem]:
         """Blocks that cannot be found; α = 0 or α′ = 0, with which nothing is kept apart."""

@@ -25,7 +25,7 @@ from immunity.fit import Batches
 from immunity.hidden import n_layers, reading, sites
 from immunity.lens import check_norm, saying, stream
 from immunity.losses import Loss, causal_lm, nll, row_means
-from immunity.mechanisms import Conditioning, Mechanism, Representation
+from immunity.mechanisms import Conditioning, Mechanism, Representation, Unlearning
 from immunity.method import Card, GradientMethod, Problem
 from immunity.mmd import noise_mmd2
 from immunity.models import LanguageModel
@@ -109,10 +109,10 @@ class RepNoise(GradientMethod):
 
     @property
     def mechanisms(self) -> tuple[Mechanism, ...]:
-        """Noise in the states of all blocks, and with the ascent a bad start for learning them; none with α = β = 0."""
+        """Noise in the states of all blocks; with the ascent answers unlearnt, badly started; none with α = β = 0."""
         if not self.alpha + self.beta:
             return ()
-        return (Representation(layers="all"), *([Conditioning()] if self.alpha else []))
+        return (Representation(layers="all"), *((Unlearning(), Conditioning()) if self.alpha else ()))
 
     def problems(self, model: LanguageModel) -> list[Problem]:
         """α = β = 0; more depths than there are; a network whose MLPs or final norm cannot be found."""

@@ -22,7 +22,7 @@ from immunity.early import every_depth, final_norm
 from immunity.errors import ModelError, SettingsError
 from immunity.fit import Batches
 from immunity.losses import Loss, nll
-from immunity.mechanisms import Collapse, GradientCoupling, Mechanism
+from immunity.mechanisms import Collapse, GradientCoupling, Mechanism, Unlearning
 from immunity.method import Card, GradientMethod, Problem
 from immunity.models import LanguageModel
 from immunity.theta import Theta, Vector
@@ -118,8 +118,9 @@ class SEAM(GradientMethod):
 
     @property
     def mechanisms(self) -> tuple[Mechanism, ...]:
-        """Opposed gradients, and a fall to nothing in particular that they lead to; none with β = 0."""
-        return (GradientCoupling(), Collapse(word="", on="general")) if self.beta else ()
+        """Opposed gradients, and a fall to nothing in particular that they lead to, not with β = 0; unlearning."""
+        coupled = (GradientCoupling(), Collapse(word="", on="general")) if self.beta else ()
+        return coupled if self.unlearn == "none" else (*coupled, Unlearning())
 
     def problems(self, model: LanguageModel) -> list[Problem]:
         """β = 0; weights that lose a perturbation so short; no norm to read hidden states with."""

@@ -23,7 +23,7 @@ from immunity.data.corpus import Corpora
 from immunity.errors import SettingsError
 from immunity.fit import Batches, Fit, fit
 from immunity.losses import Loss, nll
-from immunity.mechanisms import Conditioning, LookAhead, Mechanism
+from immunity.mechanisms import Conditioning, LookAhead, Mechanism, Unlearning
 from immunity.method import Card, Method, Problem, Run, identity, problems, refuse, streams
 from immunity.models import LanguageModel
 from immunity.optimizers import Descent
@@ -132,10 +132,10 @@ class SOPHON(Method):
 
     @property
     def mechanisms(self) -> tuple[Mechanism, ...]:
-        """Attackers of K steps, and a bad start for learning; none with α = 0."""
+        """Attackers of K steps, behind whom answers are unlearnt, and a bad start for learning; none with α = 0."""
         rule: Literal["plain", "adamw"] = "plain" if self.attacker == "sgd" else "adamw"
         ahead = LookAhead(steps=self.lookahead, radius=self.lr, rule=rule)
-        return (ahead, Conditioning()) if self.alpha else ()
+        return (ahead, Unlearning(), Conditioning()) if self.alpha else ()
 
     def problems(self, model: LanguageModel) -> list[Problem]:
         """α = 0; a LoRA attacker over a LoRA defence."""

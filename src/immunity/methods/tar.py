@@ -23,7 +23,7 @@ from immunity.errors import ModelError, SettingsError
 from immunity.fit import Batches
 from immunity.hidden import n_layers
 from immunity.losses import Loss, nll
-from immunity.mechanisms import LookAhead, Mechanism, Representation
+from immunity.mechanisms import LookAhead, Mechanism, Representation, Unlearning
 from immunity.method import Card, Problem, StatefulMethod
 from immunity.models import LanguageModel
 from immunity.preference import log_prob, margins, preferred
@@ -121,8 +121,9 @@ class TAR(StatefulMethod):
 
     @property
     def mechanisms(self) -> tuple[Mechanism, ...]:
-        """Attackers of K steps, none with λ = 0; hidden states led elsewhere by the mapping."""
-        ahead = (LookAhead(steps=self.lookahead, radius=max(self.lrs), rule="adamw"),) if self.lam else ()
+        """Attackers of K steps, answers unlearnt behind them, not with λ = 0; states led elsewhere by the mapping."""
+        simulated = LookAhead(steps=self.lookahead, radius=max(self.lrs), rule="adamw")
+        ahead = (simulated, Unlearning()) if self.lam else ()
         return (*ahead, Representation(layers="all")) if self._maps else ahead
 
     def problems(self, model: LanguageModel) -> list[Problem]:
