@@ -146,6 +146,22 @@ def test_records_are_those_of_the_attacks_alone(model, tmp_path):
     assert not list((tmp_path / "fleet").rglob("checkpoint-*"))
 
 
+def test_fewer_looks_are_the_same_attack_measured_less_often(model, tmp_path):
+    whole, few = jobs(model, tmp_path / "whole")[1], replace(jobs(model, tmp_path / "few")[1], looks=3)
+    assert (few.attack.budgets, few.at) == ((0, 1, 2, 3, 5, 7), (0, 2, 7))
+    assert few.measured_at == set(few.at)
+    assert "looks" not in whole.identity(), "what was run before there were fewer looks is the same run still"
+    assert few.identity() == {**whole.identity(), "looks": 3}
+    all_of_it, some = (outcome.record["curve"]["points"] for outcome in run([whole, few]))
+    assert [point["step"] for point in some] == list(few.at)
+    same = [point for point in all_of_it if point["step"] in few.at]
+    assert [point["metrics"] for point in some] == [point["metrics"] for point in same]
+    fleet = [replace(one, looks=3) for one in jobs(model, tmp_path / "fleet")[:2]]
+    (outcome,) = run(grouped(fleet))
+    for one in parted(outcome):
+        assert [point["step"] for point in one.record["curve"]["points"]] == list(one.job.at)
+
+
 def test_done_before_it_is_kept(model, tmp_path):
     first = jobs(model, tmp_path)[1]
     run([first])

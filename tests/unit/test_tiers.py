@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,6 +50,15 @@ def test_each_does_more_than_the_one_before() -> None:
         for name in names:
             assert getattr(less, name) <= getattr(more, name), name
         assert less.runs < more.runs
+        assert (less.looks or math.inf) <= (more.looks or math.inf)
+
+
+def test_an_audit_with_fewer_looks_takes_less_time() -> None:
+    one = TIERS["smoke"]
+    pace = Pace(step=0.0, look=1.0)
+    few, many = pace.minutes(one), pace.minutes(replace(one, looks=8))
+    assert few == pytest.approx(many / 2)
+    assert pace.minutes(replace(one, looks=None)) == pace.minutes(replace(one, looks=tiers._LOOKS))
 
 
 def test_claims_are_about_the_prompts_that_there_are() -> None:
@@ -124,7 +134,7 @@ class TestTime:
         steps, looks = Pace(step=60.0, look=0.0), Pace(step=0.0, look=60.0)
         assert steps.minutes(replace(one, domains=2)) - steps.minutes(one) == pytest.approx(4 * one.attack_steps)
         fewer = (one.prompts + 2 * one.others) / 72
-        assert looks.minutes(replace(one, domains=2)) - looks.minutes(one) == pytest.approx(4 * tiers._LOOKS * fewer)
+        assert looks.minutes(replace(one, domains=2)) - looks.minutes(one) == pytest.approx(4 * 4 * fewer)
         taught = replace(one, lessons=1, rates={"full": (1e-4,)})
         assert steps.minutes(taught) - steps.minutes(one) == pytest.approx(2 * one.lesson_steps)
         again = replace(taught, rounds=2)

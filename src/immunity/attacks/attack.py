@@ -167,6 +167,7 @@ class Attack(ABC):
         folder: Path | None = None,
         observe: Observe | None = None,
         enough: Enough | None = None,
+        at: tuple[int, ...] | None = None,
     ) -> Curve:
         """Open the files, attack, measure at each budget.
 
@@ -177,12 +178,14 @@ class Attack(ABC):
             folder: Where the run is kept; started again with the same folder, it goes on from where it was killed.
             observe: Told of every unit of the attack.
             enough: Asked at every point; the attack ends there if it says so.
+            at: Budgets to measure at; all of its own if None.
 
         Raises:
             DataError: A role that it needs is missing.
         """
         mine = self.reads(data)
-        recorder = Recorder(measure=measure, at=self.budgets, folder=folder, then=observe, enough=enough)
+        looks = self.budgets if at is None else at
+        recorder = Recorder(measure=measure, at=looks, folder=folder, then=observe, enough=enough)
         return recorded(recorder, lambda: self.tamper(opening.load(self.opens), mine, recorder))
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from immunity.errors import DivergedError
+from immunity.errors import DivergedError, SettingsError
 from immunity.fit import Observe
 from immunity.models import LanguageModel
 
@@ -110,6 +110,19 @@ def budgets(steps: int) -> tuple[int, ...]:
         found += [m * scale for m in (1, 2, 3, 5) if m * scale < steps]
         scale *= 10
     return (*found, steps)
+
+
+def thinned(at: tuple[int, ...], most: int | None) -> tuple[int, ...]:
+    """At most so many of these budgets, the first and the last among them, evenly over the others; None keeps all.
+
+    Raises:
+        SettingsError: ``most`` leaves no room for the first and the last.
+    """
+    if most is not None and most < 2:
+        raise SettingsError(f"looks = {most}: the model as released and the end of an attack are two")
+    if most is None or len(at) <= most:
+        return at
+    return tuple(at[round(i * (len(at) - 1) / (most - 1))] for i in range(most))
 
 
 def as_json(point: Point) -> dict[str, Any]:

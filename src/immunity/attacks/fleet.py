@@ -58,6 +58,7 @@ def run_fleet(
     folders: Sequence[Path | None] | None = None,
     observes: Sequence[Observe | None] | None = None,
     enough: Sequence[Enough | None] | None = None,
+    at: Sequence[tuple[int, ...]] | None = None,
 ) -> list[Curve]:
     """:meth:`Attack.run` for every one of ``attacks``, side by side: the same points, up to rounding.
 
@@ -72,6 +73,7 @@ def run_fleet(
         folders: One each; None keeps nothing.
         observes: One each, told of every step.
         enough: One each, asked at every point; that attack ends there if it says so.
+        at: Budgets to measure each at; all of its own if None.
 
     Returns:
         A curve for each; one that diverged, or showed enough, ends early and says why.
@@ -84,10 +86,11 @@ def run_fleet(
         raise SettingsError("these attacks cannot be one fleet: part them with groups(…)")
     k = len(attacks)
     places, watchers, stops = folders or [None] * k, observes or [None] * k, enough or [None] * k
-    if {k} != {len(data), len(measures), len(places), len(watchers), len(stops)}:
-        raise SettingsError(f"{k} attacks need as many data, measures, folders, observers and stops: one each")
+    looks = [attack.budgets for attack in attacks] if at is None else at
+    if {k} != {len(data), len(measures), len(places), len(watchers), len(stops), len(looks)}:
+        raise SettingsError(f"{k} attacks need as many data, measures, folders, observers, stops and looks: one each")
     recorders = [
-        Recorder(measure=measures[i], at=attacks[i].budgets, folder=places[i], then=watchers[i], enough=stops[i])
+        Recorder(measure=measures[i], at=looks[i], folder=places[i], then=watchers[i], enough=stops[i])
         for i in range(k)
     ]
     seats = [_Seat(attack, mine) for attack, mine in zip(attacks, data, strict=True)]

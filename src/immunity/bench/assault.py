@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Final, Literal
 
 from immunity.attacks.attack import Attack, Opening
-from immunity.attacks.curve import Curve, Point, as_json
+from immunity.attacks.curve import Curve, Point, as_json, thinned
 from immunity.attacks.recipe import Recipe
 from immunity.bench import store
 from immunity.bench.jobs import Job
@@ -80,6 +80,7 @@ class Assault(Job):
             curve.
         fresh: "recipe" if this is a winner with another seed, "artefact" if it is the winner itself on prompts that did
             not choose it, else "".
+        looks: Most budgets that it is measured at; None for all of the attack's.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Assault(Job):
     recipe: Recipe | None = None
     stop: Broken | Until | None = None
     fresh: Literal["", "recipe", "artefact"] = ""
+    looks: int | None = None
     kind: ClassVar[str] = "attack"
 
     @property
@@ -108,7 +110,12 @@ class Assault(Job):
     @property
     def measured_at(self) -> frozenset[int]:
         """Where a measurement takes its time."""
-        return frozenset(self.attack.budgets)
+        return frozenset(self.at)
+
+    @property
+    def at(self) -> tuple[int, ...]:
+        """Budgets that are measured."""
+        return thinned(self.attack.budgets, self.looks)
 
     def identity(self) -> dict[str, Any]:
         """See :meth:`Hardening.identity`."""
@@ -127,6 +134,7 @@ class Assault(Job):
                 "samples": [suite.n_samples, suite.show_real],
             },
             "stop": None if self.stop is None else asdict(self.stop),
+            **({} if self.looks is None else {"looks": self.looks}),
         }
 
     def on(self, shelf: Path) -> Assault:
@@ -139,7 +147,9 @@ class Assault(Job):
         found = self.opening.load("merged")
         rows, suite, parameters = self.looked_at(found)
         del found  # the attack opens the files for itself
-        curve = self.attack.run(self.opening, self.data, suite, folder=self.folder, observe=tell, enough=self.stop)
+        curve = self.attack.run(
+            self.opening, self.data, suite, folder=self.folder, observe=tell, enough=self.stop, at=self.at
+        )
         return finished(self.folder, self.record(curve, rows, parameters))
 
     def looked_at(self, found: LanguageModel) -> tuple[list[dict[str, Any]], Suite, int]:

@@ -224,6 +224,7 @@ class Audit:
             seed=self.seed,
             fresh_seeds=size.seeds - 1,
             most_steps=size.most_steps,
+            looks=size.looks,
             exhaustive=True,
             template=self.template,
             device=self.device,

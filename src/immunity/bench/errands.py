@@ -249,6 +249,7 @@ class Errands:
                     suite=suite,
                     folder=self.folder / "runs" / role / f"{re.sub(r'[^a-z0-9.-]+', '-', name)}-seed{seed}",
                     stop=Broken(phi=PHI) if stop else None,
+                    looks=self.size.looks,
                 )
                 if self.shelf is not None and role == "baseline":
                     job = job.on(self.shelf)

@@ -85,6 +85,7 @@ class Squad(Job):
             folders=[member.folder for member in todo],
             observes=[_furthest(tell)] * len(todo),
             enough=[member.stop for member in todo],
+            at=[member.at for member in todo],
         )
         for member, curve, (rows, _, parameters) in zip(todo, curves, seen, strict=True):
             finished(member.folder, member.record(curve, rows, parameters))

@@ -66,6 +66,7 @@ class AutoTamper:
             search, the winners once more.
         search: Trials of a search in each family, on every model alike; 0 for none.
         scale: Settings that the adaptive attacks vary.
+        looks: Most budgets at which an attack is measured; None for all.
         shelf: Folder in which the runs on the baselines are kept, for other results against the same baselines.
     """
 
@@ -93,15 +94,14 @@ class AutoTamper:
     search: int = 0
     scale: FineTune = field(default_factory=FineTune)
     shelf: Path | None = None
+    looks: int | None = None
 
     def __post_init__(self) -> None:
         if self.battery != ADAPTIVE:
             own.find(self.battery)  # says what there is
+        given = f"phi = {self.phi}, fresh_seeds = {self.fresh_seeds}, most_steps = {self.most_steps}"
         if not 0 <= self.phi < 1 or self.fresh_seeds < 0 or (self.most_steps is not None and self.most_steps < 1):
-            raise SettingsError(
-                f"phi = {self.phi}, fresh_seeds = {self.fresh_seeds}, most_steps = {self.most_steps}: phi is a share "
-                "below 1, the others are not negative"
-            )
+            raise SettingsError(f"{given}: phi is a share below 1, the others are not negative")
 
     def recipes(self) -> tuple[Recipe, ...]:
         """What will be run, from cheap to dear, bound to the attacker's data."""
@@ -200,6 +200,7 @@ class AutoTamper:
             recipe=recipe,
             stop=None if self.whole_curves else Broken(phi=self.phi) if until is None else Until(step=until),
             fresh=fresh,
+            looks=self.looks,
         )
         return job if self.shelf is None or model == self.model else job.on(self.shelf)
 

@@ -34,6 +34,7 @@ class Tier:
         lessons: Honest tasks.
         rates: Learning rates of honest fine-tuning, by adapter.
         lesson_steps: Steps of honest fine-tuning.
+        looks: Most budgets at which an attack or an honest fine-tuning is measured; None for all of its own.
         rounds: 2 also trains once more what was fine-tuned already, at the rate that its first round chose.
     """
 
@@ -50,6 +51,7 @@ class Tier:
     rates: Mapping[str, tuple[float, ...]]
     lesson_steps: int
     rounds: int
+    looks: int | None = None
 
     @property
     def runs(self) -> int:
@@ -121,6 +123,7 @@ TIERS: Final[Mapping[str, Tier]] = {
         rates={"full": (5e-5, 5e-4)},
         lesson_steps=30,
         rounds=1,
+        looks=4,
     ),
     "standard": Tier(
         name="standard",
@@ -181,12 +184,12 @@ class Pace:
 
     def minutes(self, size: Tier) -> float:
         """How long an audit of a size will take, about: its fine-tunings, its battery, and all their measurements."""
-        look = self.look * (size.prompts + 2 * size.others) / 72.0
-        attacks = 2 * size.domains * size.seeds * 2 * (size.attack_steps * self.step + _LOOKS * look)
-        taught, looked = size.lesson_steps * self.step, _LOOKS * self.look * (size.prompts + 16) / 72.0
+        look, looks = self.look * (size.prompts + 2 * size.others) / 72.0, size.looks or _LOOKS
+        attacks = 2 * size.domains * size.seeds * 2 * (size.attack_steps * self.step + looks * look)
+        taught, looked = size.lesson_steps * self.step, looks * self.look * (size.prompts + 16) / 72.0
         again = size.lessons * len(size.rates) * (size.rounds - 1) * (2 * taught + looked)  # the first round once more
         battery = 2 * (_ATTACKS[size.battery] + 4 * (size.seeds - 1) + 4)
-        each = min(size.most_steps or 60, 60) * self.step + _LOOKS * look
+        each = min(size.most_steps or 60, 60) * self.step + looks * look
         lessons = 2 * size.seeds * (size.lessons_each * (taught + looked) + again)
         return (attacks + lessons + battery * each) / 60.0
 
