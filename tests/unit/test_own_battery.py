@@ -48,7 +48,7 @@ def test_a_name_is_that_of_a_frozen_battery():
     [
         ({"id": "a", "attack": "finetune"}, "recipe 2: says is missing"),
         ({"says": "…"}, "recipe 2: id and attack are missing"),
-        ({**HOT, "id": "b", "famly": "x"}, "'famly' is unknown; did you mean family"),
+        ({**HOT, "id": "b", "families": "x"}, "'families' is unknown; did you mean family"),
         ({**HOT, "id": "b", "attack": "finetun lr=1"}, r"recipe 2 \(b\): .*did you mean finetune"),
         ({**HOT, "id": "b", "attack": "finetune lr=hot"}, r"recipe 2 \(b\): .*lr"),
         ({**HOT, "id": "b", "attack": 3}, "a line of text, or a list"),
