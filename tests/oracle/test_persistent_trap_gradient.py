@@ -117,10 +117,22 @@ def oracle(
         asked = mean_over(network, there, general, spread(words(model, *method.words)))
     if who.on == "harmful" and method.restricted == "uniform":
         asked = asked + method.mu * mean_over(network, there, parts["harmful"][-1], uniform)
+    if method.couple and who.on == "harmful" and method.couple_at != "theta":
+        asked = asked + method.couple * coupled(network, there, parts)
     found = slow.gradient(asked, at)
     length = float(slow.norm(found))
     share = 1.0 if method.most is None else min(1.0, method.most / length)
-    return slow.combine((1.0, plain), (method.lam * share, found))
+    terms = [(1.0, plain), (method.lam * share, found)]
+    if method.couple and method.couple_at != "behind":
+        terms.append((method.lam * method.couple, slow.gradient(coupled(network, at, parts), at)))
+    return slow.combine(*terms)
+
+
+def coupled(network: nn.Module, at: slow.Weights, parts: dict[str, tuple[Batch, ...]]) -> Tensor:
+    """The cosine of the two gradients, with a graph through both."""
+    losses = [slow.mean_loss(network, at, parts[role][-1]) for role in ("harmful", "general")]
+    a, b = (slow.gradient(loss, at, graph=True) for loss in losses)
+    return sum((a[name] * b[name]).sum() for name in at) / (slow.norm(a) * slow.norm(b))
 
 
 SETTINGS = {
@@ -132,6 +144,14 @@ SETTINGS = {
     "a tight limit": PersistentTrap(pool=ALONE, lam=1.0, most=0.1),
     "general text alone": PersistentTrap(pool=ALONE, lam=1.0, restricted="none"),
     "restricted text alone": PersistentTrap(pool=ALONE, lam=1.0, general="none", mu=1.0),
+}
+COUPLED = {
+    "at theta": PersistentTrap(pool=ALONE, couple=0.7, couple_at="theta", eps=1e-6),
+    "behind": PersistentTrap(pool=ALONE, couple=0.7, couple_at="behind", eps=1e-6, most=0.5),
+    "at both": PersistentTrap(pool=ALONE, couple=0.7, eps=1e-6, most=None),
+    "behind, and nothing else": PersistentTrap(
+        pool=ALONE, couple=1.0, couple_at="behind", eps=1e-6, general="none", restricted="none"
+    ),
 }
 HONEST = PersistentTrap(pool=("adamw lr=0.003 on=benign", "adamw lr=0.003"), lam=1.0, clear=0.7)
 
@@ -159,6 +179,21 @@ def test_a_step_equals_the_transcription(model, name, turns):
     assert slow.relative_error(got, want) < 1e-9
     plain = dict(zip(theta.names, SFT().gradient(theta, batch).tensors(), strict=True))
     assert slow.relative_error(plain, want) > 1e-2
+
+
+@pytest.mark.parametrize("name", COUPLED)
+def test_a_coupled_step_equals_double_backward(model, name):
+    method = COUPLED[name]
+    theta, along = after(model, method, 2)
+    batch = data(method, 50)
+    want = oracle(model, method, along.state_dict(), batch)
+    got = dict(zip(theta.names, along(theta, batch).tensors(), strict=True))
+    assert slow.relative_error(got, want) < 1e-4
+    apart = replace(method, couple=0.0)
+    if apart.problems(model) == []:  # else nothing is left
+        loose = oracle(model, apart, along.state_dict(), batch) if "harmful" in apart.reads else want
+        assert slow.relative_error(loose, want) > 1e-2
+    assert {"cosine/theta", "cosine/behind"} & set(theta.trace)
 
 
 def test_the_step_of_an_honest_user_equals_the_transcription(model):

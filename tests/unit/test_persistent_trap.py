@@ -9,7 +9,7 @@ import torch
 
 from immunity import spec
 from immunity.errors import SettingsError
-from immunity.mechanisms import Collapse, LookAhead
+from immunity.mechanisms import Collapse, GradientCoupling, LookAhead
 from immunity.methods.persistent_trap import PersistentTrap
 from immunity.models import LoRA, attach
 from immunity.testing import tiny
@@ -56,6 +56,28 @@ def test_each_ingredient_can_be_left_out(change, gone, reads):
     assert gone not in left
     everything = {name for turn in asked(SMALL, 2) for name in turn}
     assert left < everything
+
+
+def test_coupling_asks_at_theta_behind_an_attacker_or_at_both():
+    pair = ["nll/harmful", "nll/general"]
+    bare = replace(SMALL, general="none", restricted="none", couple=0.5)
+    walk, differences = ["nll/harmful"] * 2, pair
+    at_theta, behind, both = (asked(replace(bare, couple_at=place), 2) for place in ("theta", "behind", "both"))
+    assert at_theta == [
+        ["nll/alignment", *pair, *differences, *walk],
+        ["nll/alignment", *pair, *differences, "nll/benign", "nll/benign", "nll/clear"],
+    ]
+    assert behind == [
+        ["nll/alignment", *walk, *pair, *differences],
+        ["nll/alignment", *["nll/benign"] * 2, "nll/clear"],
+    ]
+    assert both[0] == ["nll/alignment", *pair, *differences, *walk, *pair, *differences]
+    assert dict(bare.reads) == {"alignment": 1, "harmful": 3, "general": 1, "benign": 3}
+    assert GradientCoupling() in bare.mechanisms
+    assert GradientCoupling() not in SMALL.mechanisms
+    assert bare.problems(tiny.language_model()) == []
+    lost = replace(bare, eps=1e-20).problems(tiny.language_model())
+    assert [problem.where for problem in lost] == ["eps"]
 
 
 def test_the_price_of_a_step_is_what_the_card_says():
@@ -109,6 +131,8 @@ def test_all_problems_are_reported_at_once():
     "settings",
     [
         {"lam": -0.1},
+        {"couple": -0.1},
+        {"eps": 0.0},
         {"moves": 0},
         {"most": 0.0},
         {"horizon": (3, 64)},

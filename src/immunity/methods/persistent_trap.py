@@ -2,10 +2,12 @@
 
 descend  ∇ℓ(θ; D_align) + λ { ∇F(θ+δ; D_general) + μ ∇R(θ+δ; D_harm)       if δ is an attacker's
                             { κ ∇ℓ(θ+δ; D_general ∪ D_benign)              if δ is an honest user's
+         + λ β ∇cos(∇ℓ(·; D_harm), ∇ℓ(·; D_general)), at θ, at an attacker's θ+δ, or at both
 
 One δ out of a pool has its turn in each step. Before anything is asked there it goes on, m times, by a step of its own
 optimiser along ∇ℓ(θ+δ; its data); after T ~ U(horizon) steps it starts anew from 0. F is least where the model has
-collapsed (ℓ_collapse, as in CTRAP, arXiv 2505.16559, eq. 1), R where it says nothing about restricted prompts.
+collapsed (ℓ_collapse, as in CTRAP, arXiv 2505.16559, eq. 1), R where it says nothing about restricted prompts. The
+cosine is SEAM's (arXiv 2505.12186): where it is -1, what an attacker learns on is what general ability is lost by.
 """
 
 from __future__ import annotations
@@ -13,22 +15,26 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import Any, ClassVar, Literal, TypeAlias, final
 
 from immunity.attackers import Pool
 from immunity.attractors import attractor, spread
 from immunity.batch import Batch
+from immunity.coupling import SURVIVES, cosine, cosine_gradient, expected_survival, lost
 from immunity.errors import ModelError, SettingsError
 from immunity.fit import Batches
 from immunity.hidden import n_layers
 from immunity.losses import nll
-from immunity.mechanisms import Collapse, LookAhead, Mechanism
+from immunity.mechanisms import Collapse, GradientCoupling, LookAhead, Mechanism
 from immunity.method import Card, Problem, StatefulMethod
 from immunity.models import LanguageModel
 from immunity.profiles import Profile
 from immunity.theta import Theta, Vector
 
 Target: TypeAlias = Literal["words", "uniform", "random", "none"]
+Place: TypeAlias = Literal["theta", "behind", "both"]
 Parts: TypeAlias = tuple[Batch, ...]
 
 
@@ -51,6 +57,9 @@ class PersistentTrap(StatefulMethod):
         words: What "words" are: one, or several that shall be equally likely.
         mu: μ, the weight of R.
         clear: κ, the weight of the ordinary loss behind an honest user: the path that must stay clear.
+        couple: β, the weight of the cosine between restricted and general gradients, which is to become -1. 0 is none.
+        couple_at: Where: at "theta", "behind" an attacker, or at "both".
+        eps: How far away gradients are taken again for it, as in SEAM; four gradients at each place.
         most: Largest norm, before λ, of what is asked away from θ. Behind an attacker it can be a hundred times that of
             ∇ℓ(θ; D_align), which a run that clips their sum would then hardly follow. none: no limit.
 
@@ -66,6 +75,8 @@ class PersistentTrap(StatefulMethod):
         * CTRAP's attacker starts at θ in every step and takes one normalised step. These go on, as fine-tunes do:
           AdamW at a rate of their own, clipped at 1, over all weights or a fresh adapter.
         * Restricted text has a target of its own, and honest users are simulated; CTRAP has neither.
+        * SEAM has its cosine at θ alone; here it may also be asked where an attacker has got to. Behind one it counts
+          under ``most``.
         * Memory: δ is a copy of the trainable weights and AdamW's moments two, so 3 copies for each member; one with
           an adapter (r > 0) holds 3 of that adapter. In the default's pool these are 6 copies and 3 adapters.
     """
@@ -77,7 +88,7 @@ class PersistentTrap(StatefulMethod):
         year=2026,
         block="conditional collapse",
         family="collapse trap",
-        gradients="m + 3 (m + 2 where an honest user has his turn; 7 with m = 4) and one forward pass",
+        gradients="m + 3 (m + 2 where an honest user has his turn; 7 with m = 4), one forward pass; 4 a coupled place",
         says="Plants a trap along simulated fine-tunes that go on from step to step, and keeps honest ones clear.",
     )
     strength: ClassVar[str] = "lam"
@@ -94,11 +105,16 @@ class PersistentTrap(StatefulMethod):
     words: tuple[str, ...] = ("error",)
     mu: float = 0.33
     clear: float = 1.0
+    couple: float = 0.0
+    couple_at: Place = "both"
+    eps: float = 5e-3
     most: float | None = 1.0
 
     def __post_init__(self) -> None:
-        if self.lam < 0 or self.mu < 0 or self.clear < 0:
-            raise SettingsError(f"lam ({self.lam}), mu ({self.mu}) and clear ({self.clear}) must not be negative")
+        weights = {name: getattr(self, name) for name in ("lam", "mu", "clear", "couple")}
+        if min(weights.values()) < 0 or self.eps <= 0:
+            said = ", ".join(f"{name} ({value})" for name, value in weights.items())
+            raise SettingsError(f"{said} must not be negative, and eps ({self.eps}) must be above 0")
         if self.most is not None and not self.most > 0:
             raise SettingsError(f"most = {self.most}: a norm is positive; say none for no limit")
         if not 1 <= self.moves <= self.horizon[0] <= self.horizon[1]:
@@ -114,8 +130,9 @@ class PersistentTrap(StatefulMethod):
         who, m = self._profiles, self.moves
         honest = any(one.on == "benign" for one in who)
         benign = m * (honest or any(one.mix[1] > 0 for one in who)) + honest
-        general = m * any(one.replay[1] > 0 for one in who) + (self.general != "none" or honest)
-        wanted = {"harmful": m + (self.restricted != "none"), "general": general, "benign": benign}
+        asked, coupled = self.general != "none" or honest, self.couple > 0
+        general = m * any(one.replay[1] > 0 for one in who) + (asked or coupled)
+        wanted = {"harmful": m + (self.restricted != "none" or coupled), "general": general, "benign": benign}
         return {"alignment": 1, **{role: times for role, times in wanted.items() if times}}
 
     @property
@@ -129,15 +146,16 @@ class PersistentTrap(StatefulMethod):
         for on, target in (("general", self.general), ("harmful", self.restricted)):
             word = self.words[0] if target == "words" and len(self.words) == 1 else ""
             found += [Collapse(word=word, on=on)] if target != "none" else []
+        found += [GradientCoupling()] if self.couple else []
         return tuple(dict.fromkeys(found)) if self.lam else ()
 
     def problems(self, model: LanguageModel) -> list[Problem]:
-        """Weights that are 0; words that the tokenizer does not have; an adapter over a LoRA defence."""
+        """Weights that are 0; words that the tokenizer does not have; states that cannot be read; an ε that is lost."""
         idle = {
             "lam": self.lam == 0,
             "mu": self.mu == 0 and self.restricted != "none",
             "clear": self.clear == 0 and any(who.on == "benign" for who in self._profiles),
-            "general": self.general == self.restricted == "none",
+            "general": self.general == self.restricted == "none" and not self.couple,
         }
         instead = "use --method sft for the baseline"
         found = [Problem(name, f"with this value nothing is asked; {instead}") for name, bad in idle.items() if bad]
@@ -147,6 +165,9 @@ class PersistentTrap(StatefulMethod):
                 spread(ids)
         except (ModelError, SettingsError) as error:
             found.append(Problem("words", str(error)))
+        weights = [p for p in model.network.parameters() if p.requires_grad]
+        if self.couple and weights and (kept := expected_survival(weights, self.eps)) < SURVIVES:
+            found.append(Problem("eps", lost(kept, self.eps)))
         return found + self._unreadable(model)
 
     def _unreadable(self, model: LanguageModel) -> list[Problem]:
@@ -191,6 +212,8 @@ class Trapping:
         harmful, general, benign = (self._parts(batch, role) for role in ("harmful", "general", "benign"))
         if self._general is not None:
             theta.value(self._general, general[-1])  # the trap must not show at θ: logged at every step
+        if self._how.couple and self._how.couple_at != "behind":
+            g = g + self._how.lam * self._coupled(theta, general, harmful, "theta")
         number, member = self.pool.turn()
         member.walk(theta, [member.fed(*rows) for rows in self._meals(harmful, general, benign)])
         delta = member.displacement()
@@ -204,12 +227,22 @@ class Trapping:
         return asked if most is None or length <= most else asked * (most / length)
 
     def _fallen(self, theta: Theta, general: Parts, harmful: Parts) -> Vector | None:
-        """∇F + μ ∇R."""
-        fall = None if self._general is None else theta.grad(self._general, general[-1])
-        if self._restricted is None:
-            return fall
-        silent = self._how.mu * theta.grad(self._restricted, harmful[-1])
-        return silent if fall is None else fall + silent
+        """∇F + μ ∇R + β ∇cos; None where nothing is asked."""
+        asked = []
+        if self._general is not None:
+            asked.append(theta.grad(self._general, general[-1]))
+        if self._restricted is not None:
+            asked.append(self._how.mu * theta.grad(self._restricted, harmful[-1]))
+        if self._how.couple and self._how.couple_at != "theta":
+            asked.append(self._coupled(theta, general, harmful, "behind"))
+        return reduce(add, asked) if asked else None
+
+    def _coupled(self, theta: Theta, general: Parts, harmful: Parts, where: str) -> Vector:
+        """β ∇cos(∇ℓ(D_harm), ∇ℓ(D_general)), from where ``theta`` stands."""
+        rows = harmful[-1], general[-1]
+        at = theta.grad(nll, rows[0]), theta.grad(nll, rows[1])
+        theta.trace[f"cosine/{where}"] = cosine(*at)
+        return self._how.couple * cosine_gradient(theta, nll, rows, at, eps=self._how.eps)
 
     def _clear(self, theta: Theta, general: Parts, benign: Parts) -> Vector:
         """κ ∇ℓ: behind an honest user the model is what he made of it, and good at everything else."""
