@@ -2,6 +2,7 @@
 
     python benchmarks/judged.py benchmarks/studies/cost-raising-1.json --out study
     python benchmarks/judged.py benchmarks/studies/cost-raising-1.json --out study --only SFT --only MLAC --tier smoke
+    python benchmarks/judged.py benchmarks/studies/cost-raising-1.json --out study --table --figure docs/judged.png
 
 For every seed the model is aligned, hardened by each defence from there, and audited against the aligned model, by the
 command line and nothing else; the commands are printed. Audits of a seed share the baseline's half. What is done is not
@@ -14,10 +15,12 @@ import argparse
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import vl_convert
 from study import hardened, read, run, slug
 
 Result = Mapping[str, Any]
@@ -59,6 +62,8 @@ def row(results: Sequence[Result]) -> Iterator[str]:
     yield " · ".join("".join(VERDICTS[one[name]["verdict"]] for name in CONDITIONS) for one in conditions)
 
 
+AXIS = [0.25, 32]
+"""Of the figure."""
 HEADS = (
     "defence", "harm at θ", "general at θ", "worst usable harm", "harm there", "coherence there", "general there",
     "broken at, examples", "cost ratio [95 %]", "honest task after", "of the baseline", "R S G T",
@@ -94,6 +99,51 @@ def ratio(found: Mapping[str, Any]) -> str:
     return f"{found.get('details', {}).get('bound', '').replace('=', '')}{found['value']:.2g} [{low}–{high}]"
 
 
+def figure(title: str, found: Mapping[str, Sequence[tuple[int, Result]]]) -> dict[str, Any]:
+    """A chart of all cost ratios with their intervals, one line for each defence and hardening seed."""
+    rows = []
+    for name, results in found.items():
+        for seed, result in results:
+            conditions = {one["name"]: one for one in result["audit"]["conditions"]}
+            one = claim(conditions["resistance"], "cost ratio")
+            if one.get("value") is not None:
+                low, high = one.get("low"), one.get("high")
+                ends = {"low": max(AXIS[0], low or 0.0), "high": AXIS[1] if high is None else min(AXIS[1], high)}
+                sure = "interval above 1" if (low or 0.0) > 1.0 else "may be 1"
+                rows.append({"defence": name, "seed": seed, "ratio": one["value"], "shown": sure, **ends})
+    ticks = {"values": [0.25, 0.5, 1, 2, 4, 8, 16, 32], "format": "~g"}
+    x = {"type": "quantitative", "scale": {"type": "log", "domain": AXIS}, "axis": ticks}
+    y = {"field": "defence", "type": "nominal", "sort": None, "title": None, "axis": {"labelLimit": 260, "grid": True}}
+    colour = {
+        "field": "shown",
+        "type": "nominal",
+        "title": None,
+        "scale": {"domain": ["interval above 1", "may be 1"], "range": ["#1f5fa8", "#9a9a9a"]},
+        "legend": {"orient": "bottom"},
+    }
+    shared = {"y": y, "yOffset": {"field": "seed"}, "color": colour}
+    ends = {
+        "x": {"field": "low", **x, "title": "examples an attacker needs, times the baseline's"},
+        "x2": {"field": "high"},
+    }
+    return {
+        "$schema": "https://vega.github.io/schema/vega-lite/v5.json",
+        "title": {"text": title, "anchor": "start"},
+        "background": "white",
+        "width": 460,
+        "height": {"step": 9},
+        "data": {"values": rows},
+        "layer": [
+            {"mark": {"type": "rule", "strokeDash": [4, 3], "color": "#555"}, "encoding": {"x": {"datum": 1, **x}}},
+            {"mark": {"type": "rule", "strokeWidth": 1.5}, "encoding": {**shared, **ends}},
+            {
+                "mark": {"type": "point", "filled": True, "size": 34},
+                "encoding": {**shared, "x": {"field": "ratio", **x}},
+            },
+        ],
+    }
+
+
 def taught(condition: Mapping[str, Any], role: str) -> float | None:
     """Mean accuracy at the end of honest fine-tuning, over tasks, adapters and rounds."""
     claims = [one["details"] for one in condition["claims"] if one["name"].startswith("final accuracy")]
@@ -120,6 +170,7 @@ def main() -> None:
     parser.add_argument("--tier", help="Instead of the study's.")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--table", action="store_true", help="Only print what there is.")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="Draw the cost ratios as well; .png or .svg.")
     asked = parser.parse_args()
     study = read(asked.study)
     study["tier"] = asked.tier or study["tier"]
@@ -129,13 +180,29 @@ def main() -> None:
         for seed in study["seeds"]:  # all defences with one seed first: they share its baseline
             for defence in defences:
                 judged(study, hardened(study, defence, seed, asked.out), seed, asked.out, asked.workers)
-    print("| " + " | ".join(HEADS) + " |\n|" + "---|" * len(HEADS))
+    found: dict[str, list[tuple[int, Result]]] = {}
     for defence in defences:
-        places = [asked.out / f"seed{seed}" / slug(defence["name"]) for seed in study["seeds"]]
-        done = [place / f"audit-{study['tier']}" for place in places]
-        found = [json.loads((one / "result.json").read_text()) for one in done if (one / "scorecard.md").is_file()]
-        if found:
-            print("| " + " | ".join((f"{defence['name']} (seeds: {len(found)})", *row(found))) + " |")
+        places = {seed: asked.out / f"seed{seed}" / slug(defence["name"]) for seed in study["seeds"]}
+        done = {seed: place / f"audit-{study['tier']}" for seed, place in places.items()}
+        found[defence["name"]] = [
+            (seed, json.loads((one / "result.json").read_text(encoding="utf-8")))
+            for seed, one in done.items()
+            if (one / "scorecard.md").is_file()
+        ]
+    print("| " + " | ".join(HEADS) + " |\n|" + "---|" * len(HEADS))
+    for name, results in found.items():
+        if results:
+            cells = row([result for _, result in results])
+            print("| " + " | ".join((f"{name} (seeds: {len(results)})", *cells)) + " |")
+    if asked.figure is not None:
+        chart = figure(study.get("title", "Cost ratios"), found)
+        drawn = (
+            vl_convert.vegalite_to_svg
+            if asked.figure.suffix == ".svg"
+            else partial(vl_convert.vegalite_to_png, scale=2)
+        )
+        made = drawn(chart)
+        asked.figure.write_bytes(made.encode() if isinstance(made, str) else made)
 
 
 if __name__ == "__main__":
