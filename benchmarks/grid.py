@@ -3,6 +3,7 @@
     python benchmarks/grid.py benchmarks/studies/traps.json --out traps
     python benchmarks/grid.py benchmarks/studies/traps.json --out traps --only SFT --seed 0
     python benchmarks/grid.py benchmarks/studies/traps.json --out traps --table docs/results/traps.md
+    python benchmarks/grid.py benchmarks/studies/traps.json --out traps --figure docs/results/traps.png
 
 Every defence is hardened from an aligned start, once for each hardening seed, and attacked by batteries of its own,
 every attack to its end and with each attack seed, by the command line and nothing else; the commands are printed. What
@@ -19,6 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import vl_convert
 from study import hardened, read, run, slug
 
 from immunity.metrics.stats import rate
@@ -63,23 +65,71 @@ def scores(curve: Curve, column: Column) -> list[float] | None:
     return (points[-1].get("per_prompt") or {}).get(column.metric) if points else None
 
 
-def told(results: Mapping[int, Sequence[Mapping[str, Any]]], column: Column) -> str:
-    """The mean of a column over seeds, and its interval."""
+def matrix(results: Mapping[int, Sequence[Mapping[str, Any]]], column: Column) -> list[list[float]]:
+    """For each hardening seed one score a prompt, averaged over attack seeds."""
     rows = []
     for parts in results.values():
         curves = [c for result in parts for c in result["curves"] if c["attack"] == column.attack and not c["fresh"]]
         found = [one for curve in curves if (one := scores(curve, column)) is not None]
         if found:
             rows.append([sum(values) / len(values) for values in zip(*found, strict=True)])
+    return rows
+
+
+def told(results: Mapping[int, Sequence[Mapping[str, Any]]], column: Column) -> str:
+    """The mean of a column over seeds, and its interval."""
+    rows = matrix(results, column)
     if not rows:
         return "–"
-    centre, spread = sum(map(sum, rows)) / sum(map(len, rows)), rate(rows)
+    centre, spread = mean(rows), rate(rows)
     return f"{centre:.2f} [{spread.low:.2f}–{spread.high:.2f}]"
+
+
+def mean(rows: Sequence[Sequence[float]]) -> float:
+    """Of all scores."""
+    return sum(map(sum, rows)) / sum(map(len, rows))
+
+
+def goods(study: Mapping[str, Any], results: Mapping[int, Sequence[Mapping[str, Any]]]) -> dict[str, float] | None:
+    """What a defence is good for, by the study's "front": means over columns; None if one was not measured."""
+    found = {}
+    for name, side in study["front"].items():
+        tables = [matrix(results, Column(**column)) for column in side["columns"]]
+        if not all(tables):
+            return None
+        value = sum(map(mean, tables)) / len(tables)
+        found[name] = 1.0 - value if side["less"] else value
+    return found
+
+
+def best(points: Mapping[str, Mapping[str, float]]) -> set[str]:
+    """The Pareto front: those that none other equals in everything and beats in something."""
+
+    def beaten(mine: Mapping[str, float]) -> bool:
+        rivals = [{name: other[name] - mine[name] for name in mine}.values() for other in points.values()]
+        return any(min(gains) >= 0 and max(gains) > 0 for gains in rivals)
+
+    return {name for name, mine in points.items() if not beaten(mine)}
 
 
 def tables(study: Mapping[str, Any], folder: Path) -> Iterator[str]:
     """Lines of Markdown."""
-    found = {defence["name"]: dict(_done(study, defence, folder)) for defence in study["defences"]}
+    found = measured(study, folder)
+    points = {name: one for name, results in found.items() if results and (one := goods(study, results))}
+    yield from (
+        "",
+        "## Who is on the front",
+        "",
+        *(f"* {name}: {side['says']}" for name, side in study["front"].items()),
+    )
+    yield from (
+        "",
+        "| defence | " + " | ".join(study["front"]) + " | on the front |",
+        "|---|" + "--:|" * len(study["front"]) + "---|",
+    )
+    for name, one in points.items():
+        values = " | ".join(f"{value:.2f}" for value in one.values())
+        yield f"| {name} | {values} | {'yes' if name in best(points) else ''} |"
     for table in study["tables"]:
         columns = [Column(**column) for column in table["columns"]]
         yield from ("", f"## {table['title']}", "", table["says"], "")
@@ -89,6 +139,37 @@ def tables(study: Mapping[str, Any], folder: Path) -> Iterator[str]:
             if results:
                 cells = " | ".join(told(results, column) for column in columns)
                 yield f"| {name} ({len(results)}) | {cells} |"
+
+
+def measured(study: Mapping[str, Any], folder: Path) -> dict[str, dict[int, list[Any]]]:
+    """Defence -> hardening seed -> the results of all parts."""
+    return {defence["name"]: dict(_done(study, defence, folder)) for defence in study["defences"]}
+
+
+def figure(study: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A chart of the front: the first two sides as x and y, the third as size."""
+    found = measured(study, folder)
+    points = {name: one for name, results in found.items() if results and (one := goods(study, results))}
+    sides, front = list(study["front"]), best(points)
+    rows = [{"defence": name, "front": name in front, **one} for name, one in points.items()]
+    axes = {
+        side: {"field": sides[i], "type": "quantitative", "scale": {"domain": [0, 1.02]}} for i, side in enumerate("xy")
+    }
+    shown = {"field": "front", "type": "nominal", "scale": {"range": ["#9a9a9a", "#1f5fa8"]}, "legend": None}
+    size = {"field": sides[2], "type": "quantitative", "scale": {"domain": [0, 1], "range": [8, 220]}}
+    text = {"mark": {"type": "text", "dy": -11, "fontSize": 10}, "encoding": {**axes, "text": {"field": "defence"}}}
+    return {
+        "$schema": "https://vega.github.io/schema/vega-lite/v5.json",
+        "title": {"text": study["title"], "anchor": "start"},
+        "background": "white",
+        "width": 620,
+        "height": 420,
+        "data": {"values": rows},
+        "layer": [
+            {"mark": {"type": "point", "filled": True}, "encoding": {**axes, "color": shown, "size": size}},
+            text,
+        ],
+    }
 
 
 def _done(study: Mapping[str, Any], defence: Mapping[str, Any], folder: Path) -> Iterator[tuple[int, list[Any]]]:
@@ -103,7 +184,8 @@ def unknown(study: Mapping[str, Any]) -> Iterable[str]:
     """Attacks that a table shows and no battery lists."""
     files = {HERE / "studies" / part["battery"] for part in study["parts"]}
     listed = {recipe["id"] for one in files for recipe in json.loads(one.read_text(encoding="utf-8"))["recipes"]}
-    return {column["attack"] for table in study["tables"] for column in table["columns"]} - listed
+    shown = [*study["tables"], *study["front"].values()]
+    return {column["attack"] for table in shown for column in table["columns"]} - listed
 
 
 def main() -> None:
@@ -115,6 +197,7 @@ def main() -> None:
     parser.add_argument("--seed", action="append", type=int, help="Instead of the study's seeds; may be repeated.")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--table", type=Path, metavar="FILE", help="Only write the tables of what there is.")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="Only draw the front of what there is; .png.")
     asked = parser.parse_args()
     study = read(asked.study)
     if lost := sorted(unknown(study)):
@@ -125,6 +208,9 @@ def main() -> None:
         command = f"`python benchmarks/grid.py {asked.study} --out {asked.out}`"
         head = [f"# {study['title']}", "", study["says"], "", f"Made by {command}."]
         asked.table.write_text("\n".join([*head, *tables(study, asked.out), ""]), encoding="utf-8")
+    if asked.figure is not None:
+        asked.figure.write_bytes(vl_convert.vegalite_to_png(figure(study, asked.out), scale=2))
+    if asked.table is not None or asked.figure is not None:
         return
     for seed in study["seeds"]:
         for defence in study["defences"]:

@@ -42,7 +42,7 @@ def test_every_column_is_an_attack_of_a_battery(name, script):
     study = STUDIES[name]
     assert [own.find(str(BENCHMARKS / "studies" / part["battery"])).recipes for part in study["parts"]]
     assert script("grid").unknown(study) == set()
-    study = {**study, "tables": [{"columns": [{"attack": "none"}]}]}
+    study = {**study, "front": {}, "tables": [{"columns": [{"attack": "none"}]}]}
     assert script("grid").unknown(study) == {"none"}
 
 
@@ -62,3 +62,23 @@ def test_a_cell_averages_attack_seeds_and_draws_hardening_seeds_and_prompts(scri
     assert grid.told(results, grid.Column("a", "harm", 8, "")).startswith("0.00 [0.00–")
     assert grid.told(results, grid.Column("a", "refusal", None, "")) == "–"
     assert grid.told(results, grid.Column("c", "harm", None, "")) == "–"
+
+
+def test_the_front_is_what_nobody_beats(script):
+    points = {
+        "a": {"x": 1.0, "y": 0.0},
+        "b": {"x": 0.5, "y": 0.5},
+        "c": {"x": 0.5, "y": 0.4},
+        "d": {"x": 0.5, "y": 0.5},
+    }
+    assert script("grid").best(points) == {"a", "b", "d"}
+
+
+def test_a_side_averages_its_columns_and_counts_harm_against(script):
+    grid = script("grid")
+    results = {0: [{"curves": [curve("a", (9, [1, 0])), curve("b", (9, [1, 1]))]}]}
+    columns = [{"attack": name, "metric": "harm", "step": None, "head": ""} for name in "ab"]
+    study = {"front": {"held": {"less": True, "columns": columns}, "harmed": {"less": False, "columns": columns}}}
+    assert grid.goods(study, results) == {"held": 0.25, "harmed": 0.75}
+    columns.append({**columns[0], "attack": "c"})
+    assert grid.goods(study, results) is None
