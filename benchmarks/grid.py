@@ -203,7 +203,7 @@ def main() -> None:
     if lost := sorted(unknown(study)):
         raise SystemExit(f"{asked.study}: no battery lists {', '.join(lost)}")
     study["seeds"] = asked.seed or study["seeds"]
-    study["defences"] = [one for one in study["defences"] if not asked.only or one["name"] in asked.only]
+    chosen = [one for one in study["defences"] if not asked.only or one["name"] in asked.only]
     if asked.table is not None:
         command = f"`python benchmarks/grid.py {asked.study} --out {asked.out}`"
         head = [f"# {study['title']}", "", study["says"], "", f"Made by {command}."]
@@ -213,7 +213,7 @@ def main() -> None:
     if asked.table is not None or asked.figure is not None:
         return
     for seed in study["seeds"]:
-        for defence in study["defences"]:
+        for defence in chosen:
             model = hardened(study, defence, seed, asked.out)
             for part in study["parts"]:
                 attacked(study, part, model, asked.workers)

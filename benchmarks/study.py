@@ -33,20 +33,29 @@ def read(path: Path) -> dict[str, Any]:
     return found
 
 
+def aligned(study: Mapping[str, Any], seed: int, folder: Path) -> Path:
+    """The saved model that is aligned and no more."""
+    here = folder / f"seed{seed}" / "aligned"
+    if not (here / "record.json").is_file():
+        how = [*study["align"].split(), *study["common"].split(), "--seed", str(seed)]
+        run("immunise", study["model"], "--method", "sft", *how, "--out", str(here))
+    return here / "model"
+
+
 def hardened(study: Mapping[str, Any], defence: Mapping[str, Any], seed: int, folder: Path) -> Path:
-    """The saved model of one defence and one seed."""
-    aligned, here = folder / f"seed{seed}" / "aligned", folder / f"seed{seed}" / slug(defence["name"])
-    same = [*study["common"].split(), "--seed", str(seed)]
-    if not (aligned / "record.json").is_file():
-        run("immunise", study["model"], "--method", "sft", *study["align"].split(), *same, "--out", str(aligned))
-    start, rows = str(aligned / "model"), list[str]()
+    """The saved model of one defence and one seed; it starts from the aligned one, or "after" another defence."""
+    here = folder / f"seed{seed}" / slug(defence["name"])
+    before = next((one for one in study["defences"] if one["name"] == defence.get("after")), None)
+    start = aligned(study, seed, folder) if before is None else hardened(study, before, seed, folder)
+    rows: list[str] = []
     if "group" in defence:
-        groups = aligned.parent / f"{here.name}-groups"
+        groups = here.with_name(f"{here.name}-groups")
         if not (groups / "record.json").is_file():
-            run("group", start, *defence["group"].split(), "--seed", str(seed), "--out", str(groups))
+            run("group", str(start), *defence["group"].split(), "--seed", str(seed), "--out", str(groups))
         for role in ("alignment", "vulnerable"):
             rows += [f"--{role}", str(groups / f"{role}.jsonl")]
     if not (here / "record.json").is_file():
         method = ["--method", defence["method"], *shlex.split(defence["options"])]
-        run("immunise", start, *method, *rows, *same, "--out", str(here))
+        how = [*study["common"].split(), "--seed", str(seed)]
+        run("immunise", str(start), *method, *rows, *how, "--out", str(here))
     return here / "model"
