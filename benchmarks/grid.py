@@ -13,7 +13,6 @@ seeds with its 95 % interval: prompts and hardening seeds are both drawn anew, a
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import vl_convert
-from study import hardened, read, run, slug
+from study import hardened, options, read, run, slug
 
 from immunity.metrics.stats import rate
 
@@ -190,20 +189,13 @@ def unknown(study: Mapping[str, Any]) -> Iterable[str]:
 
 def main() -> None:
     """Do what is not done, and write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", action="append", help="A defence's name; may be repeated.")
-    parser.add_argument("--seed", action="append", type=int, help="Instead of the study's seeds; may be repeated.")
-    parser.add_argument("--workers", type=int, default=2)
+    parser = options(__doc__)
     parser.add_argument("--table", type=Path, metavar="FILE", help="Only write the tables of what there is.")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="Only draw the front of what there is; .png.")
     asked = parser.parse_args()
-    study = read(asked.study)
+    study, chosen = read(asked)
     if lost := sorted(unknown(study)):
         raise SystemExit(f"{asked.study}: no battery lists {', '.join(lost)}")
-    study["seeds"] = asked.seed or study["seeds"]
-    chosen = [one for one in study["defences"] if not asked.only or one["name"] in asked.only]
     if asked.table is not None:
         command = f"`python benchmarks/grid.py {asked.study} --out {asked.out}`"
         head = [f"# {study['title']}", "", study["says"], "", f"Made by {command}."]

@@ -11,7 +11,6 @@ done again, so a study may take several sittings; the table shows what there is.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from statistics import fmean
 from typing import Any
 
 import vl_convert
-from study import hardened, read, run, slug
+from study import hardened, options, read, run, slug
 
 Result = Mapping[str, Any]
 
@@ -162,20 +161,13 @@ def told(values: Sequence[float | None]) -> str:
 
 def main() -> None:
     """Do what is not done, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", action="append", help="A defence's name; may be repeated.")
-    parser.add_argument("--seed", action="append", type=int, help="Instead of the study's seeds; may be repeated.")
+    parser = options(__doc__)
     parser.add_argument("--tier", help="Instead of the study's.")
-    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--table", action="store_true", help="Only print what there is.")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="Draw the cost ratios as well; .png or .svg.")
     asked = parser.parse_args()
-    study = read(asked.study)
+    study, defences = read(asked)
     study["tier"] = asked.tier or study["tier"]
-    study["seeds"] = asked.seed or study["seeds"]
-    defences = [one for one in study["defences"] if not asked.only or one["name"] in asked.only]
     if not asked.table:
         for seed in study["seeds"]:  # all defences with one seed first: they share its baseline
             for defence in defences:

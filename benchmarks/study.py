@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -26,11 +27,23 @@ def run(*words: str) -> None:
         raise SystemExit(f"that ended with exit code {ended.returncode}")
 
 
-def read(path: Path) -> dict[str, Any]:
-    """A study's file; each process of the runs gets one thread, if nobody says otherwise."""
+def options(says: str | None) -> argparse.ArgumentParser:
+    """What every study is asked with."""
+    parser = argparse.ArgumentParser(description=says, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", action="append", help="A defence's name; may be repeated.")
+    parser.add_argument("--seed", action="append", type=int, help="Instead of the study's seeds; may be repeated.")
+    parser.add_argument("--workers", type=int, default=2)
+    return parser
+
+
+def read(asked: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A study's file, and the defences that are asked for; each process of the runs gets one thread by default."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    found: dict[str, Any] = json.loads(asked.study.read_text(encoding="utf-8"))
+    found["seeds"] = asked.seed or found["seeds"]
+    return found, [one for one in found["defences"] if not asked.only or one["name"] in asked.only]
 
 
 def aligned(study: Mapping[str, Any], seed: int, folder: Path) -> Path:
