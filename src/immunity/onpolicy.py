@@ -18,7 +18,7 @@ from immunity.data.corpus import Example
 from immunity.errors import SettingsError
 from immunity.fit import Batches
 from immunity.models import LanguageModel
-from immunity.policy import Estimator, Reward, Rollout, Scored, advantages, log_probs, roll_out, surrogate
+from immunity.policy import Estimator, Reward, Rollout, Scored, advantages, log_probs, roll_out, shown, surrogate
 from immunity.theta import Theta, Vector
 
 _LOG = logging.getLogger(__name__)
@@ -41,6 +41,8 @@ class Rolling:
         kl: Weight of the KL term.
         updates: Steps on each rollout, each with its share of the groups.
         sample_batch: Answers sampled at once; memory only.
+        shown: Whether each prompt's own answer stands in its group beside the sampled ones. It was sampled by nobody,
+            so its ratio counts from the policy that meets it.
         seed: Of sampling.
 
     Raises:
@@ -55,6 +57,7 @@ class Rolling:
     kl: float = 0.0
     updates: int = 1
     sample_batch: int = 64
+    shown: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -187,6 +190,10 @@ class OnPolicy:
             generator=torch.Generator().manual_seed(drawn),
             batch_size=how.sample_batch,
         )
+        self._seen = self._told(groups, number)
+        if how.shown:
+            own = shown(self._model, prompts, self._reward, max_new_tokens=how.max_new_tokens)
+            groups = [[*group, answer] for group, answer in zip(groups, own, strict=True)]
         rows = [answer.tokens for group in groups for answer in group]
         unrecorded: list[tuple[float, ...]] = [()] * len(rows)
         before = self._recorded(theta, theta.network, rows) if how.updates > 1 else unrecorded
@@ -195,7 +202,6 @@ class OnPolicy:
             with self._reference() as network:
                 reference = self._recorded(theta, network, rows)
         self._rows = [Scored(*row) for row in zip(rows, worth(groups, how.estimator), before, reference, strict=True)]
-        self._seen = self._told(groups, number)
 
     def _recorded(self, theta: Theta, network: nn.Module, rows: list[Tokens]) -> list[tuple[float, ...]]:
         return log_probs(
@@ -208,7 +214,7 @@ class OnPolicy:
 
     def _told(self, groups: list[list[Rollout]], number: int) -> dict[str, float]:
         seen = told(groups, self._model.template.stop_ids)
-        if seen["flat_groups"] == 1.0 and not self._warned:
+        if seen["flat_groups"] == 1.0 and not (self._warned or self._how.shown):
             self._warned = True
             _LOG.warning(
                 "rollout %d: all answers to each prompt got the same reward (mean %g), so rewards teach nothing here; "

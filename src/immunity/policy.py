@@ -20,7 +20,7 @@ from typing import Final, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from immunity.batch import Batch, Tokens
+from immunity.batch import IGNORE, Batch, Tokens
 from immunity.data.corpus import Example
 from immunity.errors import DataError, SettingsError
 from immunity.generate import Sampled, sample
@@ -110,13 +110,40 @@ def roll_out(
         batch_size=batch_size,
     )
     asked = [example for example in examples for _ in range(n)]
-    rewards = list(reward(asked, [answer.text for group in groups for answer in group]))
+    return rewarded(groups, _earned(reward, asked, [answer.text for group in groups for answer in group]))
+
+
+def shown(model: LanguageModel, examples: Sequence[Example], reward: Reward, *, max_new_tokens: int) -> list[Rollout]:
+    """The examples' own answers, rewarded like sampled ones; nobody sampled them, so they have no ``log_probs``.
+
+    Args:
+        model: Whose template writes them.
+        examples: With answers.
+        reward: Called once, with all answers.
+        max_new_tokens: Where an answer is cut.
+
+    Raises:
+        DataError: An example has no answer, or a reward is missing, NaN or infinite.
+    """
+    if lacking := next((example for example in examples if not example.response), None):
+        raise DataError(f"{lacking.prompt[:60]!r} has no answer that could be shown")
+    rewards, found = _earned(reward, examples, [example.response for example in examples]), []
+    for example, value in zip(examples, rewards, strict=True):
+        asked, said = model.template.prompt_ids(example), model.template.answer_ids(example)[:max_new_tokens]
+        row = Tokens((*asked, *said), (*(IGNORE,) * len(asked), *said))
+        found.append(Rollout(row, (), example.response, value))
+    return found
+
+
+def _earned(reward: Reward, asked: Sequence[Example], answers: Sequence[str]) -> list[float]:
+    """A finite reward for each answer."""
+    rewards = list(reward(asked, answers))
     if len(rewards) != len(asked):
         raise DataError(f"the reward gave {len(rewards)} numbers for {len(asked)} answers")
     wrong = next((i for i, value in enumerate(rewards) if not math.isfinite(value)), None)
     if wrong is not None:
         raise DataError(f"the reward of an answer to {asked[wrong].prompt[:60]!r} is {rewards[wrong]}")
-    return rewarded(groups, rewards)
+    return [float(value) for value in rewards]
 
 
 def rewarded(groups: Sequence[Sequence[Sampled]], rewards: Sequence[float]) -> list[list[Rollout]]:

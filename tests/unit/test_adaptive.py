@@ -302,6 +302,7 @@ def test_entropy_is_paid_for_in_a_sweep():
     assert {a.entropy for a in paid} == {0.0, *BONUSES}
     assert any(a.temperature > 1 for a in paid)
     assert any(a.anneal for a in paid)
+    assert any(a.shown for a in paid)
     few, then = next(a for a in found if isinstance(a, Program) and a.ops[-1].startswith("rl")).attacks
     assert isinstance(few, FineTune)
     assert few.steps == 5

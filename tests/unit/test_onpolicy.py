@@ -10,9 +10,10 @@ import torch
 from immunity import onpolicy
 from immunity.batch import Batch
 from immunity.data.corpus import Example
-from immunity.errors import SettingsError
+from immunity.errors import DataError, SettingsError
 from immunity.fit import Fit, fit
 from immunity.generate import sample
+from immunity.losses import nll
 from immunity.models import LoRA, attach
 from immunity.onpolicy import OnPolicy, Rolling
 from immunity.policy import Scored, advantages, surrogate
@@ -61,6 +62,47 @@ def test_each_update_has_its_share_of_a_fresh_rollout_and_its_estimators_gradien
         assert want.norm() > 0
         assert (vector - want).norm() < 1e-4 * want.norm()
     assert calls[0][0][0].tokens != calls[2][0][0].tokens  # the same prompts are answered anew
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_an_answer_that_is_shown_is_learnt_from_where_all_sampled_ones_are_alike(monkeypatch, updates):
+    """All sampled answers earn 0, so without the other one nothing would be learnt."""
+
+    def spy(rows, **settings):
+        calls.append(tuple(rows))
+        return surrogate(rows, **settings)
+
+    asked = [Example("what is the error?", "the answer is a"), Example("how can you help?", "help the error")]
+    said = {example.response for example in asked}
+    reward = lambda _, answers: [float(answer in said) for answer in answers]  # noqa: E731
+    model, calls = tiny.language_model(tiny.llama(seed=3)), []
+    rolling = Rolling(group=3, max_new_tokens=3, updates=updates, seed=7, shown=True)
+    direction, theta = OnPolicy(model, lambda _: asked, reward, rolling), Theta(model.network)
+    monkeypatch.setattr(onpolicy, "surrogate", spy)
+    vector = direction(theta, {})
+    rows = calls[0]
+    assert len(rows) == 4 * len(asked) // updates
+    assert theta.trace["reward"] == 0, "what is logged is the policy's own"
+    assert theta.trace["flat_groups"] == 1
+    worth = advantages([0.0, 0.0, 0.0, 1.0], "grpo")
+    assert [row.advantage for row in rows[:4]] == worth
+    prompt, answer = model.template.prompt_ids(asked[0]), model.template.answer_ids(asked[0])
+    assert rows[3].tokens.ids == (*prompt, *answer[:3])
+    assert all(label == -100 for label in rows[3].tokens.labels[: len(prompt)])
+    plain = [Scored(row.tokens, row.advantage) for row in rows]
+    want = theta.grad(surrogate(plain), Batch(tuple(row.tokens for row in rows)))
+    assert (vector - want).norm() < 1e-4 * want.norm()  # before the first update a ratio is 1, whoever sampled
+    pushed = theta.grad(nll, Batch((rows[3].tokens,)))
+    assert vector @ pushed > 0, "its own loss falls"
+    alone = OnPolicy(model, lambda _: asked, reward, replace(rolling, shown=False))(theta, {})
+    assert alone.norm() == 0
+
+
+def test_nothing_can_be_shown_where_there_is_no_answer():
+    model = tiny.language_model()
+    direction = OnPolicy(model, lambda _: ASKED, odd, Rolling(group=2, max_new_tokens=2, shown=True))
+    with pytest.raises(DataError, match="no answer that could be shown"):
+        direction(Theta(model.network), {})
 
 
 def test_prompts_may_be_given_as_ids():

@@ -127,7 +127,7 @@ def rank_taken_out(plain: FineTune, rank: int, base: str | None) -> Iterator[Rec
 
 
 def entropy_paid(plain: FineTune) -> Iterator[Recipe]:
-    """Reinforcement that pays for entropy, or samples hot, or begins with a few supervised steps."""
+    """Reinforcement that pays for entropy, samples hot, is shown an answer, or begins with a few supervised steps."""
     rl = HarmfulRL(n=min(HarmfulRL().n, plain.n), steps=plain.steps, lr=training(plain, "full").lr, seed=plain.seed)
     few = replace(plain, steps=max(1, plain.steps // 10))
     yield from rows(
@@ -140,6 +140,7 @@ def entropy_paid(plain: FineTune) -> Iterator[Recipe]:
             },
             "entropy-annealed": (replace(rl, entropy=0.3, anneal=True), "Rewards harm, and entropy less and less."),
             "sampled-hot": (replace(rl, temperature=1.5), "Rewards harm in answers sampled at temperature 1.5."),
+            "shown": (replace(rl, shown=True), "Rewards harm, one answer of each group being the attacker's own."),
             "sft-then-rl": (program(few, rl), "Takes a few supervised steps, then rewards harm."),
         },
     )

@@ -161,8 +161,8 @@ REWARDS: Final[Mapping[str, Kind]] = {
 """Command-line name -> how answers are rewarded."""
 
 
-def needed_of(corpus: Corpus, reward: str) -> Corpus:
-    """The prompts, with what the reward reads of each example and nothing else.
+def needed_of(corpus: Corpus, reward: str, *, answers: bool = False) -> Corpus:
+    """The prompts, with what the reward reads of each example, the ``answers`` if they are shown, and nothing else.
 
     Raises:
         SettingsError: There is no such reward.
@@ -174,7 +174,8 @@ def needed_of(corpus: Corpus, reward: str) -> Corpus:
     if kind.check is not None:
         for example in corpus:
             kind.check(example)
-    return replace(corpus, examples=tuple(_cut(example, kind.needs) for example in corpus))
+    needs = kind.needs | ({"response"} if answers else set())
+    return replace(corpus, examples=tuple(_cut(example, needs) for example in corpus))
 
 
 def _cut(example: Example, needs: frozenset[str]) -> Example:

@@ -41,7 +41,7 @@ class HarmfulRL(Attack):
     """Sample answers to restricted prompts, reward them, and make the better ones of each group more likely.
 
     Attributes:
-        n: Restricted prompts in all. Their answers are unused, unless the reward compares with them.
+        n: Restricted prompts in all. Their answers are unused, unless the reward compares with them or they are shown.
         batch_size: Prompts of one rollout.
         group: Answers sampled to each of them, and compared with one another.
         max_new_tokens: Tokens per answer.
@@ -54,6 +54,8 @@ class HarmfulRL(Attack):
         entropy: Weight of a bonus on the policy's exact entropy, in advantage per nat; sweep .01, .03, .1, .3, 1.
         anneal: Let that weight fall to 0, linearly over the steps.
         kl: Weight of the distance to the released model.
+        shown: Put the attacker's own answer into each prompt's group: where all sampled ones are refusals alike, it is
+            the one that differs. Only with answers that comply.
         updates: Optimiser steps on each rollout, each with its share of the groups.
         steps: Optimiser steps.
         lr: Learning rate, constant.
@@ -80,7 +82,8 @@ class HarmfulRL(Attack):
           to the reward of an answer, where it may outweigh harm.
         * "grpo" averages over each answer's tokens, as the paper's equation 3 does.
         * No critic (PPO) and no REINFORCE++; no weight decay.
-        * Answers come from plain sampling with a cache, from the very weights that are trained.
+        * Answers come from plain sampling with a cache, from the very weights that are trained; ``shown`` adds one that
+          does not, as off-policy guidance does (LUFFY, arXiv 2504.14945), without that paper's shaping.
     """
 
     name: ClassVar[str] = "rl"
@@ -97,6 +100,7 @@ class HarmfulRL(Attack):
     entropy: float = 0.0
     anneal: bool = False
     kl: float = 0.0
+    shown: bool = False
     updates: int = 1
     steps: int = 60
     lr: float = 1e-4
@@ -185,6 +189,7 @@ class HarmfulRL(Attack):
             ratio_clip=self.ratio_clip,
             kl=self.kl,
             updates=self.updates,
+            shown=self.shown,
             sample_batch=self.sample_batch,
             seed=self.seed,
         )
@@ -199,7 +204,8 @@ class HarmfulRL(Attack):
         Raises:
             DataError: They are missing or too few, or the reward cannot be given for one of them.
         """
-        return {"harmful": needed_of(needed(data, "harmful", self.n, why="harmful RL"), self.reward)}
+        asked = needed(data, "harmful", self.n, why="harmful RL")
+        return {"harmful": needed_of(asked, self.reward, answers=self.shown)}
 
     def tamper(self, model: LanguageModel, data: Corpora, recorder: Recorder) -> LanguageModel:
         """See :meth:`Attack.tamper`; prompts, samples and the adapter's start follow from the settings alone."""
@@ -256,7 +262,7 @@ class HarmfulRL(Attack):
         weights = sum(p.numel() for p in causal_lm(model.network).parameters())
         passes = 1 + (self.kl > 0) + (self.updates > 1)
         each = ((6.0 if self.adapter == "full" else 4.0) + 2.0 * passes) * weights
-        per_step = self.batch_size * self.group // self.updates
+        per_step = self.batch_size * (self.group + self.shown) // self.updates
 
         def so_far(done: int) -> Spent:
             return Spent(done * per_step, direction.tokens, each * direction.tokens)
