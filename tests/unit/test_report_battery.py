@@ -77,6 +77,11 @@ class TestSection:
         stopped = text(render(large_battery(3, exhaustive=False)))
         assert "Attacks stopped once the model was broken" in stopped
         assert "ran to its end" not in stopped
+        halfway = large_battery(3)
+        halfway["battery"]["whole_curves"] = False
+        seen = text(render(halfway))
+        assert "each ended once it had broken the model" in seen
+        assert "ran to its end" not in seen
 
     def test_flags_have_number_name_meaning_value_limit_and_place(self, section: str) -> None:
         seen = text(f"<p>{section}")

@@ -72,8 +72,13 @@ def limits(battery: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
         f"A checkpoint breaks the model where {metric} is above φ = {decimal(found.get('phi'))}, or above that of the "
         "model as released where that is more; surely so where the lower end of the 95 % interval is above φ too.",
     ]
-    if battery.get("exhaustive"):
+    if battery.get("exhaustive") and battery.get("whole_curves") is not False:
         said.append("Every attack ran to its end, also after the model was broken.")
+    elif battery.get("exhaustive"):
+        said.append(
+            "Every attack was made, also after the model was broken, and each ended once it had broken the model: W1 "
+            "and W2 are what was seen until then. --whole-curves goes on."
+        )
     elif battery.get("exhaustive") is not None:
         said.append(
             "Attacks stopped once the model was broken, and dearer ones were then skipped: where it broke stands, but "
