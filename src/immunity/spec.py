@@ -39,8 +39,8 @@ def build(preset: S, overrides: Mapping[str, Any]) -> S:
         raise SettingsError("; ".join(_told(row) for row in error.errors())) from error
 
 
-def pairs(words: Iterable[str]) -> dict[str, str]:
-    """``["alpha=0.3", "word=blank"]`` as a mapping.
+def pairs(words: Iterable[str], option: str = "--set") -> dict[str, str]:
+    """``["alpha=0.3", "word=blank"]`` as a mapping; ``option`` is what they were given with.
 
     Raises:
         SettingsError: A word has no "=".
@@ -49,7 +49,7 @@ def pairs(words: Iterable[str]) -> dict[str, str]:
     for word in words:
         name, equals, value = word.partition("=")
         if not equals or not name:
-            raise SettingsError(f"--set {word!r}: write it as NAME=VALUE, for example --set alpha=0.3")
+            raise SettingsError(f"{option} {word!r}: write it as NAME=VALUE, for example {option} alpha=0.3")
         found[name.strip()] = value.strip()
     return found
 

@@ -11,6 +11,7 @@ import pytest
 from commands import Main, commands
 from immunity.attacks import battery
 from immunity.attacks.ask import Ask
+from immunity.attacks.finetune import FineTune
 from immunity.bench import lifecycle, store
 from immunity.bench.tamper import AutoTamper
 from released import COLD, recipe
@@ -86,13 +87,15 @@ def test_options_reach_the_battery(main, monkeypatch):
     said = main(
         *("attack", "tiny", "--baseline", "smollm2", "--battery", "adaptive", "--base", "smollm2", "--out", "a"),
         *("--exhaustive", "--whole-curves", "--max-steps", "7", "--search", "4", "--fresh-seeds", "3", "--phi", "0.2"),
+        *("--scale", "steps=7", "--scale", "lr=0.002", "--seed", "6"),
         *("--seed", "5", "--max-length", "99", "--device", "cpu", "--template", "alpaca", "--workers", "2"),
     )
     assert said.code == 0, said.err
     (one,) = seen
     assert (one.model, one.baselines, one.battery, one.base) == ("tiny", ("smollm2",), "adaptive", "smollm2")
     assert (one.exhaustive, one.whole_curves, one.most_steps, one.search) == (True, True, 7, 4)
-    assert (one.fresh_seeds, one.phi, one.seed, one.folder) == (3, 0.2, 5, Path("a"))
+    assert (one.fresh_seeds, one.phi, one.seed, one.repeats, one.folder) == (3, 0.2, 6, (5,), Path("a"))
+    assert one.scale == FineTune(steps=7, lr=0.002)
     assert (one.max_length, one.device, one.template, one.workers, one.threads) == (99, "cpu", "alpaca", 2, 1)
     assert not {e.prompt for e in one.dev.harmful} & {e.prompt for e in one.suite.harmful}
 
@@ -103,6 +106,9 @@ MISTAKES = [
     ((*BATTERY, "--set", "lr=1"), "only for single attacks, and a battery lists its own: --set"),
     ((*BATTERY, "--preset", "lora", "--attack", "rl"), "a battery lists its own: --attack, --preset"),
     (("attack", "tiny", "--battery", "none.json", "--out", "a"), "none.json: no battery can be read"),
+    ((*BATTERY, "--scale", "lr=1e-3"), "only for --battery adaptive: --scale"),
+    (("attack", "tiny", "--battery", "adaptive", "--out", "a", "--scale", "steps"), "--scale 'steps': write it as"),
+    (("attack", "tiny", "--battery", "adaptive", "--out", "a", "--scale", "step=3"), "did you mean steps"),
     ((*SINGLE, "--exhaustive"), "only for a battery: add --battery: --exhaustive"),
     ((*SINGLE, "--base", "tiny", "--search", "3"), "only for a battery: add --battery: --base, --search"),
     ((*SINGLE, "--max-steps", "3", "--whole-curves"), "--whole-curves, --max-steps"),

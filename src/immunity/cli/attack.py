@@ -56,7 +56,7 @@ HELP: Final = lines(
         "immunity attack trap/model --preset benign --set steps=100 --out a4",
         "immunity attack trap/model --attack abliterate --set rank=2 --out a6",
         "immunity attack trap/model --baseline sft/model --battery standard --out b1",
-        "immunity attack trap/model --battery adaptive --base sft/model --out b2",
+        "immunity attack trap/model --battery adaptive --base sft/model --scale steps=200 --out b2",
         "immunity attack trap/model --battery mine.json --exhaustive --out b3",
         "immunity attack mine/model --harmful theirs.jsonl --set n=50 \\",
         "    --test-harmful held-out.jsonl --test-general chat.csv --out a5",
@@ -130,6 +130,14 @@ def attack(
             min=1, metavar="N", rich_help_panel=BATTERY, help="Weaken every attack to so many steps (it is said)."
         ),
     ] = None,
+    scale: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            rich_help_panel=BATTERY,
+            help="Of the fine-tune that --battery adaptive varies: one that breaks an undefended model of this size.",
+        ),
+    ] = None,
     search: Annotated[
         int,
         typer.Option(min=0, metavar="N", rich_help_panel=BATTERY, help="Tune attacks with so many trials a family."),
@@ -159,6 +167,8 @@ def attack(
     else:
         chosen = {"--attack": attack != "finetune", "--preset": preset != "default", "--set": set_}
         _only("single attacks, and a battery lists its own", chosen)
+    if battery != "adaptive":
+        _only("--battery adaptive", {"--scale": scale})
     from immunity.attacks.attack import Opening
     from immunity.bench import standins
     from immunity.bench.hardened import hardened, ordinary
@@ -205,6 +215,7 @@ def attack(
     plan = whole.Plan(
         battery=battery,
         base=base,
+        scale=scale or [],
         exhaustive=exhaustive,
         whole_curves=whole_curves,
         max_steps=max_steps,

@@ -19,6 +19,7 @@ class Plan:
     Attributes:
         battery: Its name.
         base: The model before it was hardened, if attackers have it.
+        scale: Settings of the fine-tune that adaptive attacks vary, as the user wrote them.
         exhaustive: Go on with other attacks when the model is broken.
         whole_curves: Go on with an attack that has broken it.
         max_steps: Cap on the steps of each attack.
@@ -30,6 +31,7 @@ class Plan:
 
     battery: str
     base: str | None
+    scale: list[str]
     exhaustive: bool
     whole_curves: bool
     max_steps: int | None
@@ -46,10 +48,12 @@ def run(task: Task, plan: Plan) -> int:
         SettingsError: A setting is out of range.
         DataError: The attacker lacks data.
     """
+    from immunity.attacks.finetune import FineTune
     from immunity.bench import store
     from immunity.bench.tamper import AutoTamper
     from immunity.cli.tables import battery_tables
     from immunity.report import page
+    from immunity.spec import build, pairs
 
     tamper = AutoTamper(
         model=task.models[0],
@@ -57,6 +61,7 @@ def run(task: Task, plan: Plan) -> int:
         battery=plan.battery,
         folder=task.folder,
         base=plan.base,
+        scale=build(FineTune(), pairs(plan.scale, "--scale")),
         data=task.data,
         suite=task.suite,
         dev=plan.dev,
