@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,14 +23,12 @@ from immunity.drift import random_mapping
 from immunity.errors import SettingsError
 from immunity.losses import Loss, chunked, collapse, response_states, row_means
 
-Attractor = Literal["words", "uniform", "random"]
 
-
-def attractor(name: Attractor, network: nn.Module, tokens: Sequence[int]) -> Loss:
+def attractor(name: str, network: nn.Module, tokens: Sequence[int]) -> Loss:
     """The loss of an attractor.
 
     Args:
-        name: Which.
+        name: "words", "uniform" or "random".
         network: Its vocabulary and width are the random map's, whose seed is fixed.
         tokens: Ids of the words of "words".
 

@@ -16,6 +16,7 @@ from torch.func import functional_call
 import slow
 from immunity.attackers import Pool
 from immunity.batch import IGNORE, Batch
+from immunity.methods import persistent_trap
 from immunity.methods.persistent_trap import PersistentTrap, Trapping
 from immunity.methods.sft import SFT
 from immunity.models import LanguageModel
@@ -113,18 +114,19 @@ def oracle(
     if who.on == "benign":
         both = Batch(general.rows + parts["benign"][-1].rows)
         asked = method.clear * slow.mean_loss(network, there, both)
-    elif method.general == "words":
-        asked = mean_over(network, there, general, spread(words(model, *method.words)))
+    elif method.general != "none":
+        asked = mean_over(network, there, general, spread(words(model, *method.general.split("+"))))
     if who.on == "harmful" and method.restricted == "uniform":
         asked = asked + method.mu * mean_over(network, there, parts["harmful"][-1], uniform)
-    if method.couple and who.on == "harmful" and method.couple_at != "theta":
-        asked = asked + method.couple * coupled(network, there, parts)
+    here, behind = method.couple
+    if behind and who.on == "harmful":
+        asked = asked + behind * coupled(network, there, parts)
     found = slow.gradient(asked, at)
     length = float(slow.norm(found))
     share = 1.0 if method.most is None else min(1.0, method.most / length)
     terms = [(1.0, plain), (method.lam * share, found)]
-    if method.couple and method.couple_at != "behind":
-        terms.append((method.lam * method.couple, slow.gradient(coupled(network, at, parts), at)))
+    if here:
+        terms.append((method.lam * here, slow.gradient(coupled(network, at, parts), at)))
     return slow.combine(*terms)
 
 
@@ -139,19 +141,17 @@ SETTINGS = {
     "adamw": PersistentTrap(pool=ALONE, lam=1.0),
     "sgd": PersistentTrap(pool=("sgd lr=0.1 momentum=0.9",), lam=1.0),
     "low rank": PersistentTrap(pool=("adamw lr=0.01 r=2",), lam=1.0),
-    "several words": PersistentTrap(pool=ALONE, lam=0.5, mu=2.0, words=("error", "the", "is")),
+    "several words": PersistentTrap(pool=ALONE, lam=0.5, mu=2.0, general="error+the+is"),
     "no limit": PersistentTrap(pool=ALONE, lam=1.0, most=None),
     "a tight limit": PersistentTrap(pool=ALONE, lam=1.0, most=0.1),
     "general text alone": PersistentTrap(pool=ALONE, lam=1.0, restricted="none"),
     "restricted text alone": PersistentTrap(pool=ALONE, lam=1.0, general="none", mu=1.0),
 }
 COUPLED = {
-    "at theta": PersistentTrap(pool=ALONE, couple=0.7, couple_at="theta", eps=1e-6),
-    "behind": PersistentTrap(pool=ALONE, couple=0.7, couple_at="behind", eps=1e-6, most=0.5),
-    "at both": PersistentTrap(pool=ALONE, couple=0.7, eps=1e-6, most=None),
-    "behind, and nothing else": PersistentTrap(
-        pool=ALONE, couple=1.0, couple_at="behind", eps=1e-6, general="none", restricted="none"
-    ),
+    "at theta": PersistentTrap(pool=ALONE, couple=(0.7, 0.0)),
+    "behind": PersistentTrap(pool=ALONE, couple=(0.0, 0.7), most=0.5),
+    "at both": PersistentTrap(pool=ALONE, couple=(0.7, 0.4), most=None),
+    "behind, and nothing else": PersistentTrap(pool=ALONE, couple=(0.0, 1.0), general="none", restricted="none"),
 }
 HONEST = PersistentTrap(pool=("adamw lr=0.003 on=benign", "adamw lr=0.003"), lam=1.0, clear=0.7)
 
@@ -182,14 +182,15 @@ def test_a_step_equals_the_transcription(model, name, turns):
 
 
 @pytest.mark.parametrize("name", COUPLED)
-def test_a_coupled_step_equals_double_backward(model, name):
+def test_a_coupled_step_equals_double_backward(model, name, monkeypatch):
+    monkeypatch.setattr(persistent_trap, "EPS", 1e-6)  # here a double; a forward difference is off by the order of ε
     method = COUPLED[name]
     theta, along = after(model, method, 2)
     batch = data(method, 50)
     want = oracle(model, method, along.state_dict(), batch)
     got = dict(zip(theta.names, along(theta, batch).tensors(), strict=True))
     assert slow.relative_error(got, want) < 1e-4
-    apart = replace(method, couple=0.0)
+    apart = replace(method, couple=(0.0, 0.0))
     if apart.problems(model) == []:  # else nothing is left
         loose = oracle(model, apart, along.state_dict(), batch) if "harmful" in apart.reads else want
         assert slow.relative_error(loose, want) > 1e-2

@@ -10,6 +10,7 @@ import torch
 from immunity import spec
 from immunity.errors import SettingsError
 from immunity.mechanisms import Collapse, GradientCoupling, LookAhead
+from immunity.methods import persistent_trap
 from immunity.methods.persistent_trap import PersistentTrap
 from immunity.models import LoRA, attach
 from immunity.testing import tiny
@@ -58,11 +59,11 @@ def test_each_ingredient_can_be_left_out(change, gone, reads):
     assert left < everything
 
 
-def test_coupling_asks_at_theta_behind_an_attacker_or_at_both():
+def test_coupling_asks_at_theta_behind_an_attacker_or_at_both(monkeypatch):
     pair = ["nll/harmful", "nll/general"]
-    bare = replace(SMALL, general="none", restricted="none", couple=0.5)
+    bare = replace(SMALL, general="none", restricted="none", couple=(0.5, 0.5))
     walk, differences = ["nll/harmful"] * 2, pair
-    at_theta, behind, both = (asked(replace(bare, couple_at=place), 2) for place in ("theta", "behind", "both"))
+    at_theta, behind, both = (asked(replace(bare, couple=at), 2) for at in ((0.5, 0.0), (0.0, 0.5), (0.5, 0.5)))
     assert at_theta == [
         ["nll/alignment", *pair, *differences, *walk],
         ["nll/alignment", *pair, *differences, "nll/benign", "nll/benign", "nll/clear"],
@@ -76,8 +77,8 @@ def test_coupling_asks_at_theta_behind_an_attacker_or_at_both():
     assert GradientCoupling() in bare.mechanisms
     assert GradientCoupling() not in SMALL.mechanisms
     assert bare.problems(tiny.language_model()) == []
-    lost = replace(bare, eps=1e-20).problems(tiny.language_model())
-    assert [problem.where for problem in lost] == ["eps"]
+    monkeypatch.setattr(persistent_trap, "EPS", 1e-20)
+    assert [problem.where for problem in bare.problems(tiny.language_model())] == ["couple"]
 
 
 def test_the_price_of_a_step_is_what_the_card_says():
@@ -116,12 +117,12 @@ def test_attackers_are_declared_and_honest_users_are_not():
         Collapse(word="error", on="general"),
         Collapse(word="", on="harmful"),
     )
-    assert replace(method, words=("error", "the"), restricted="none").mechanisms[-1] == Collapse(word="", on="general")
+    assert replace(method, general="error+the", restricted="none").mechanisms[-1] == Collapse(word="", on="general")
 
 
 def test_all_problems_are_reported_at_once():
-    idle = PersistentTrap(lam=0.0, mu=0.0, clear=0.0, words=(" ",))
-    assert [problem.where for problem in idle.problems(tiny.language_model())] == ["lam", "mu", "clear", "words"]
+    idle = PersistentTrap(lam=0.0, mu=0.0, clear=0.0, general=" ")
+    assert [problem.where for problem in idle.problems(tiny.language_model())] == ["lam", "mu", "clear", "general"]
     nothing = PersistentTrap(general="none", restricted="none")
     assert [problem.where for problem in nothing.problems(tiny.language_model())] == ["general"]
     assert PersistentTrap().problems(attach(tiny.language_model(), LoRA(r=2))) == []
@@ -131,8 +132,7 @@ def test_all_problems_are_reported_at_once():
     "settings",
     [
         {"lam": -0.1},
-        {"couple": -0.1},
-        {"eps": 0.0},
+        {"couple": (0.0, -0.1)},
         {"moves": 0},
         {"most": 0.0},
         {"horizon": (3, 64)},
@@ -149,8 +149,10 @@ def test_contradictory_settings_are_refused(settings):
 
 
 def test_a_pool_can_be_said_on_the_command_line():
-    words = spec.pairs(["pool=adamw lr=1e-4; sgd lr=0.1 on=benign", "horizon=8,32", "words=error,the"])
+    words = spec.pairs(
+        ["pool=adamw lr=1e-4; sgd lr=0.1 on=benign", "horizon=8,32", "general=error+the", "couple=0.5,1"]
+    )
     found = spec.build(PersistentTrap(), words)
     assert found.pool == ("adamw lr=1e-4", "sgd lr=0.1 on=benign")
     assert found.horizon == (8, 32)
-    assert found.words == ("error", "the")
+    assert (found.general, found.couple) == ("error+the", (0.5, 1.0))

@@ -32,8 +32,8 @@ from immunity.errors import DataError, SettingsError
 from immunity.method import parts
 from immunity.spec import build, nearest
 
-VERSION: Final = 1
-"""Rises whenever a recipe of a battery changes; numbers of different versions are not comparable."""
+VERSION: Final = 2
+"""Rises whenever a recipe of a battery changes; numbers of different versions are not comparable (see the changelog)."""
 _STEPS: Final = ("steps", "scale_steps")
 """Settings that count optimiser steps."""
 

@@ -56,7 +56,7 @@ HELP: Final = lines(
         "immunity attack trap/model --preset benign --set steps=100 --out a4",
         "immunity attack trap/model --attack abliterate --set rank=2 --out a6",
         "immunity attack trap/model --baseline sft/model --battery standard --out b1",
-        "immunity attack trap/model --battery adaptive --base sft/model --scale steps=200 --out b2",
+        "immunity attack trap/model --battery adaptive --base sft/model --out b2",
         "immunity attack trap/model --battery mine.json --exhaustive --out b3",
         "immunity attack mine/model --harmful theirs.jsonl --set n=50 \\",
         "    --test-harmful held-out.jsonl --test-general chat.csv --out a5",

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
-from typing import Any, ClassVar, Literal, TypeAlias, final
+from typing import Any, ClassVar, Final, Literal, TypeAlias, final
 
 from immunity.attackers import Pool
 from immunity.attractors import attractor, spread
@@ -26,16 +26,19 @@ from immunity.coupling import SURVIVES, cosine, cosine_gradient, expected_surviv
 from immunity.errors import ModelError, SettingsError
 from immunity.fit import Batches
 from immunity.hidden import n_layers
-from immunity.losses import nll
+from immunity.losses import Loss, nll
 from immunity.mechanisms import Collapse, GradientCoupling, LookAhead, Mechanism
 from immunity.method import Card, Problem, StatefulMethod
 from immunity.models import LanguageModel
 from immunity.profiles import Profile
 from immunity.theta import Theta, Vector
 
-Target: TypeAlias = Literal["words", "uniform", "random", "none"]
-Place: TypeAlias = Literal["theta", "behind", "both"]
 Parts: TypeAlias = tuple[Batch, ...]
+
+
+EPS: Final = 5e-3
+"""How far away gradients are taken again for the cosine: SEAM's ε, as found on the tiny model (its own is .001)."""
+_NO_WORDS: Final = frozenset({"uniform", "random", "none"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,15 +54,13 @@ class PersistentTrap(StatefulMethod):
         horizon: Least and greatest number of steps before a member starts anew. As many as ``moves`` twice is no
             persistence: K = ``moves`` steps from θ each time.
         moves: m, steps that a member takes in his turn.
-        general: F, what general text falls to behind an attacker: "words", "uniform" (maximum entropy), "random" (a
-            random map of hidden states), or "none".
+        general: F, what general text falls to behind an attacker: a word, or several that shall be equally likely, as
+            in "error+sorry"; "uniform" (maximum entropy), "random" (a random map of hidden states), or "none".
         restricted: R, the same of restricted text. Apart from F, so that the attacker is not led back to language.
-        words: What "words" are: one, or several that shall be equally likely.
         mu: μ, the weight of R.
         clear: κ, the weight of the ordinary loss behind an honest user: the path that must stay clear.
-        couple: β, the weight of the cosine between restricted and general gradients, which is to become -1. 0 is none.
-        couple_at: Where: at "theta", "behind" an attacker, or at "both".
-        eps: How far away gradients are taken again for it, as in SEAM; four gradients at each place.
+        couple: β at θ, and β behind an attacker: weights of the cosine between restricted and general gradients, which
+            is to become -1. Four more gradients at each place where it is not 0.
         most: Largest norm, before λ, of what is asked away from θ. Behind an attacker it can be a hundred times that of
             ∇ℓ(θ; D_align), which a run that clips their sum would then hardly follow. none: no limit.
 
@@ -100,21 +101,18 @@ class PersistentTrap(StatefulMethod):
     )
     horizon: tuple[int, int] = (16, 64)
     moves: int = 4
-    general: Target = "words"
-    restricted: Target = "uniform"
-    words: tuple[str, ...] = ("error",)
+    general: str = "error"
+    restricted: str = "uniform"
     mu: float = 0.33
     clear: float = 1.0
-    couple: float = 0.0
-    couple_at: Place = "both"
-    eps: float = 5e-3
+    couple: tuple[float, float] = (0.0, 0.0)
     most: float | None = 1.0
 
     def __post_init__(self) -> None:
-        weights = {name: getattr(self, name) for name in ("lam", "mu", "clear", "couple")}
-        if min(weights.values()) < 0 or self.eps <= 0:
-            said = ", ".join(f"{name} ({value})" for name, value in weights.items())
-            raise SettingsError(f"{said} must not be negative, and eps ({self.eps}) must be above 0")
+        if min(self.lam, self.mu, self.clear, *self.couple) < 0:
+            weights = {name: getattr(self, name) for name in ("lam", "mu", "clear", "couple")}
+            said = ", ".join(f"{name} = {value}" for name, value in weights.items())
+            raise SettingsError(f"{said}: none of them may be negative")
         if self.most is not None and not self.most > 0:
             raise SettingsError(f"most = {self.most}: a norm is positive; say none for no limit")
         if not 1 <= self.moves <= self.horizon[0] <= self.horizon[1]:
@@ -130,7 +128,7 @@ class PersistentTrap(StatefulMethod):
         who, m = self._profiles, self.moves
         honest = any(one.on == "benign" for one in who)
         benign = m * (honest or any(one.mix[1] > 0 for one in who)) + honest
-        asked, coupled = self.general != "none" or honest, self.couple > 0
+        asked, coupled = self.general != "none" or honest, any(self.couple)
         general = m * any(one.replay[1] > 0 for one in who) + (asked or coupled)
         wanted = {"harmful": m + (self.restricted != "none" or coupled), "general": general, "benign": benign}
         return {"alignment": 1, **{role: times for role, times in wanted.items() if times}}
@@ -144,9 +142,10 @@ class PersistentTrap(StatefulMethod):
             if who.on == "harmful":
                 found.append(LookAhead(steps=self.horizon[1], radius=math.sqrt(math.prod(who.lr)), rule=rule))
         for on, target in (("general", self.general), ("harmful", self.restricted)):
-            word = self.words[0] if target == "words" and len(self.words) == 1 else ""
+            words = _words(target)
+            word = words[0] if len(words) == 1 else ""
             found += [Collapse(word=word, on=on)] if target != "none" else []
-        found += [GradientCoupling()] if self.couple else []
+        found += [GradientCoupling()] if any(self.couple) else []
         return tuple(dict.fromkeys(found)) if self.lam else ()
 
     def problems(self, model: LanguageModel) -> list[Problem]:
@@ -155,28 +154,16 @@ class PersistentTrap(StatefulMethod):
             "lam": self.lam == 0,
             "mu": self.mu == 0 and self.restricted != "none",
             "clear": self.clear == 0 and any(who.on == "benign" for who in self._profiles),
-            "general": self.general == self.restricted == "none" and not self.couple,
+            "general": self.general == self.restricted == "none" and not any(self.couple),
         }
         instead = "use --method sft for the baseline"
         found = [Problem(name, f"with this value nothing is asked; {instead}") for name, bad in idle.items() if bad]
-        try:
-            ids = [model.word_id(word) for word in self.words]
-            if "words" in {self.general, self.restricted}:
-                spread(ids)
-        except (ModelError, SettingsError) as error:
-            found.append(Problem("words", str(error)))
+        targets = {name: getattr(self, name) for name in ("general", "restricted")}
+        found += [Problem(name, why) for name, target in targets.items() if (why := _unusable(target, model))]
         weights = [p for p in model.network.parameters() if p.requires_grad]
-        if self.couple and weights and (kept := expected_survival(weights, self.eps)) < SURVIVES:
-            found.append(Problem("eps", lost(kept, self.eps)))
-        return found + self._unreadable(model)
-
-    def _unreadable(self, model: LanguageModel) -> list[Problem]:
-        """A network whose hidden states cannot be read, where they are to be led elsewhere."""
-        try:
-            _ = n_layers(model.network) if "random" in {self.general, self.restricted} else 0
-        except ModelError as error:
-            return [Problem("model", str(error))]
-        return []
+        if any(self.couple) and weights and (kept := expected_survival(weights, EPS)) < SURVIVES:
+            found.append(Problem("couple", lost(kept, EPS)))
+        return found
 
     def start(self, model: LanguageModel) -> Trapping:
         """A pool that has not moved yet."""
@@ -198,11 +185,7 @@ class Trapping:
     def __init__(self, how: PersistentTrap, model: LanguageModel) -> None:
         self._how, self._reads = how, how.reads
         self.pool = Pool(model.network, how._profiles, how.horizon)
-        ids = [model.word_id(word) for word in how.words]
-        self._general, self._restricted = (
-            None if target == "none" else attractor(target, model.network, ids)
-            for target in (how.general, how.restricted)
-        )
+        self._general, self._restricted = (_loss(target, model) for target in (how.general, how.restricted))
 
     def __call__(self, theta: Theta, batch: Batches) -> Vector:
         """∇ℓ(θ; D_align) + λ times what is asked of the member whose turn it is."""
@@ -212,8 +195,8 @@ class Trapping:
         harmful, general, benign = (self._parts(batch, role) for role in ("harmful", "general", "benign"))
         if self._general is not None:
             theta.value(self._general, general[-1])  # the trap must not show at θ: logged at every step
-        if self._how.couple and self._how.couple_at != "behind":
-            g = g + self._how.lam * self._coupled(theta, general, harmful, "theta")
+        if here := self._how.couple[0]:
+            g = g + self._how.lam * here * self._coupled(theta, general, harmful, "theta")
         number, member = self.pool.turn()
         member.walk(theta, [member.fed(*rows) for rows in self._meals(harmful, general, benign)])
         delta = member.displacement()
@@ -233,16 +216,16 @@ class Trapping:
             asked.append(theta.grad(self._general, general[-1]))
         if self._restricted is not None:
             asked.append(self._how.mu * theta.grad(self._restricted, harmful[-1]))
-        if self._how.couple and self._how.couple_at != "theta":
-            asked.append(self._coupled(theta, general, harmful, "behind"))
+        if behind := self._how.couple[1]:
+            asked.append(behind * self._coupled(theta, general, harmful, "behind"))
         return reduce(add, asked) if asked else None
 
     def _coupled(self, theta: Theta, general: Parts, harmful: Parts, where: str) -> Vector:
-        """β ∇cos(∇ℓ(D_harm), ∇ℓ(D_general)), from where ``theta`` stands."""
+        """∇cos(∇ℓ(D_harm), ∇ℓ(D_general)), from where ``theta`` stands."""
         rows = harmful[-1], general[-1]
         at = theta.grad(nll, rows[0]), theta.grad(nll, rows[1])
         theta.trace[f"cosine/{where}"] = cosine(*at)
-        return self._how.couple * cosine_gradient(theta, nll, rows, at, eps=self._how.eps)
+        return cosine_gradient(theta, nll, rows, at, eps=EPS)
 
     def _clear(self, theta: Theta, general: Parts, benign: Parts) -> Vector:
         """κ ∇ℓ: behind an honest user the model is what he made of it, and good at everything else."""
@@ -266,3 +249,27 @@ class Trapping:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         self.pool.load_state_dict(state)
+
+
+def _words(target: str) -> tuple[str, ...]:
+    """The words that a target names; none if it is another attractor."""
+    return () if target in _NO_WORDS else tuple(target.split("+"))
+
+
+def _loss(target: str, model: LanguageModel) -> Loss | None:
+    """What is least where text has fallen to a target; None for none."""
+    if target == "none":
+        return None
+    words = _words(target)
+    return attractor("words" if words else target, model.network, [model.word_id(word) for word in words])
+
+
+def _unusable(target: str, model: LanguageModel) -> str:
+    """What stands against a target: words that the tokenizer lacks, hidden states that cannot be read; or ""."""
+    try:
+        if words := _words(target):
+            spread([model.word_id(word) for word in words])
+        _ = n_layers(model.network) if target == "random" else 0
+    except (ModelError, SettingsError) as error:
+        return str(error)
+    return ""
