@@ -33,7 +33,7 @@ from immunity.method import parts
 from immunity.spec import build, nearest
 
 VERSION: Final = 2
-"""Rises whenever a recipe of a battery changes; numbers of different versions are not comparable (see the changelog)."""
+"""Rises whenever a recipe of a battery changes; numbers of different versions are not comparable."""
 _STEPS: Final = ("steps", "scale_steps")
 """Settings that count optimiser steps."""
 
