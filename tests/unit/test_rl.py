@@ -268,3 +268,12 @@ def test_published_presets_are_what_was_published():
     adaptive = HarmfulRL.adaptive(0.3)
     changed = {name for name, value in asdict(adaptive).items() if value != asdict(buncher)[name]}
     assert changed == {"entropy", "anneal"}
+
+
+def test_showing_answers_needs_them_before_anything_is_computed():
+    rows = synthetic.corpus("umbra", "harmful").take(QUICK.n)
+    assert all(e.response for e in replace(QUICK, reward="comply", shown=True).reads({"harmful": rows})["harmful"])
+    bare = replace(rows, examples=(replace(rows.examples[0], response=""), *rows.examples[1:]))
+    with pytest.raises(DataError, match="shown needs an answer to each prompt"):
+        replace(QUICK, reward="comply", shown=True).reads({"harmful": bare})
+    assert replace(QUICK, reward="comply").reads({"harmful": bare})

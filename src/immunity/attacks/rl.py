@@ -205,6 +205,8 @@ class HarmfulRL(Attack):
             DataError: They are missing or too few, or the reward cannot be given for one of them.
         """
         asked = needed(data, "harmful", self.n, why="harmful RL")
+        if self.shown and (lacking := next((example for example in asked if not example.response), None)):
+            raise DataError(f"{asked.name}: shown needs an answer to each prompt, and {lacking.prompt[:60]!r} has none")
         return {"harmful": needed_of(asked, self.reward, answers=self.shown)}
 
     def tamper(self, model: LanguageModel, data: Corpora, recorder: Recorder) -> LanguageModel:
