@@ -88,6 +88,15 @@ def test_no_file_and_the_name_of_a_frozen_one(tmp_path):
         own.find(write(tmp_path, HOT, name="smoke.json"))
 
 
+def test_a_file_that_is_edited_meanwhile_is_not_what_was_run(tmp_path):
+    path = write(tmp_path, HOT)
+    tamper = AutoTamper(model="tiny", battery=path, data=data(), suite=suite())
+    before = tamper._card()
+    write(tmp_path, TWICE)
+    assert [one.id for one in tamper.recipes()] == ["hot"]
+    assert tamper._card() == before
+
+
 def test_it_is_run_like_any_other_with_every_seed(tmp_path):
     wall = release(tmp_path / "wall")
     path = write(tmp_path, HOT, TWICE)

@@ -13,11 +13,11 @@ import pytest
 from immunity.attacks import battery
 from immunity.attacks.ask import Ask
 from immunity.attacks.attack import Opening
-from immunity.attacks.battery import Battery, cascade, cost
+from immunity.attacks.battery import Battery, cascade, cost, stages
 from immunity.attacks.edits import Quantise
 from immunity.attacks.finetune import FineTune
 from immunity.bench import jobs, squad, store
-from immunity.bench.tamper import AutoTamper, stages
+from immunity.bench.tamper import AutoTamper
 from immunity.bench.tampered import TRACEBACK, inapplicable
 from immunity.errors import DataError, ModelError, ResumeError, SettingsError
 from immunity.fit import Fit

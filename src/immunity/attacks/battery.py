@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
+from itertools import pairwise
 from operator import add
 from typing import Any, Final
 
@@ -34,6 +35,8 @@ from immunity.spec import build, nearest
 
 VERSION: Final = 2
 """Rises whenever a recipe of a battery changes; numbers of different versions are not comparable."""
+STAGES: Final = (12.0, 200.0, 1500.0)
+"""Borders between the stages of a cascade, in training rows (see :func:`cost`)."""
 _STEPS: Final = ("steps", "scale_steps")
 """Settings that count optimiser steps."""
 
@@ -77,6 +80,15 @@ def cost(attack: Attack) -> float:
 def cascade(recipes: Iterable[Recipe]) -> tuple[Recipe, ...]:
     """The same recipes from cheap to dear; those that cost the same stay in their order."""
     return tuple(sorted(recipes, key=lambda recipe: cost(recipe.attack)))
+
+
+def stages(recipes: Sequence[Recipe]) -> Iterator[list[Recipe]]:
+    """Recipes of about the same cost together, from cheap to dear."""
+    borders = (0.0, *STAGES, float("inf"))
+    for low, high in pairwise(borders):
+        found = [recipe for recipe in recipes if low <= cost(recipe.attack) < high]
+        if found:
+            yield found
 
 
 BATTERIES: Final[Mapping[str, Battery]] = {
