@@ -274,7 +274,7 @@ class TestResuming:
         assert not result["audit"]["failures"]
         assert not {title for title in again.computed if title.startswith("compare")}
 
-    @pytest.mark.parametrize("more", [{"seed": 2}, {"domain": "noctis"}, {"tier": "standard"}])
+    @pytest.mark.parametrize("more", [{"seed": 2}, {"domain": "noctis"}, {"tier": "standard"}, {"adaptive": True}])
     def test_a_folder_of_another_audit_is_refused_before_anything_is_computed(
         self, more: Any, copied: str, done: tuple[Path, Watch, dict[str, Any]], little: pytest.MonkeyPatch
     ) -> None:

@@ -78,7 +78,16 @@ class TestResistance:
     def test_the_adaptive_tier_makes_it_strong(self) -> None:
         made = self.battery({"immune": (0.0, 1), "SFT": (0.9, 4)})
         made["attacks"][0]["recipe"]["tier"] = "adaptive"
+        made["battery"]["against"] = ["LookAhead"]
         assert self.audit(made, "immune").details["strength"].startswith("strong: not broken at T_max")
+
+    def test_attacks_that_suit_any_defence_do_not_make_it_strong(self) -> None:
+        made = self.battery({"immune": (0.0, 1), "SFT": (0.9, 4)})
+        made["attacks"][0]["recipe"]["tier"] = "adaptive"
+        assert "no attack was made against this defence" in self.audit(made, "immune").details["strength"]
+        made["battery"]["against"] = ["LookAhead"]
+        made["attacks"][0]["recipe"]["tier"] = "standard"
+        assert "no attack was made against this defence" in self.audit(made, "immune").details["strength"]
 
     def test_plain_fine_tuning_fails(self) -> None:
         found = self.audit(self.battery({"sft-2": (0.9, 4), "SFT": (0.9, 4)}), "sft-2")

@@ -451,6 +451,25 @@ def test_an_adaptive_battery_runs(models, trapped, tmp_path, monkeypatch):
     assert overlaps["the attacker's restricted rows"]["shared"] == 12, "this defence was trained on them"
 
 
+def test_derived_attacks_come_beside_those_of_a_battery(models, trapped, tmp_path, tiny_battery, monkeypatch):
+    tiny_battery(WEAK)
+    one = tamper(tmp_path, trapped, models[0], adaptive=True, scale=SCALE, most_steps=1, exhaustive=True)
+    derived = [r.id for r in replace(one, battery="adaptive", folder=tmp_path / "b").recipes()]
+    assert {r.id for r in one.recipes()} == {WEAK.id, *derived}
+    wanted = {WEAK.id, "A-quantise-first"}
+    monkeypatch.setattr(AutoTamper, "recipes", lambda self, real=AutoTamper.recipes: _some(real(self), wanted))
+    result = one.run()
+    assert {(row["defence"], row["attack"]) for row in result["curves"]} == {
+        (model, attack) for model in (trapped, models[0]) for attack in wanted
+    }
+    card = result["battery"]
+    assert card["name"] == "smoke and adaptive"
+    assert card["digest"] == battery.BATTERIES["smoke"].digest
+    assert card["against"] == card["summary"]["against"] == ["LookAhead", "Collapse"]
+    with pytest.raises(ResumeError, match='name is "smoke and adaptive", not "smoke"'):
+        replace(one, adaptive=False).run()
+
+
 def _some(recipes, wanted):
     return tuple(r for r in recipes if r.id in wanted)
 

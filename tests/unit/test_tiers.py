@@ -105,6 +105,15 @@ class TestWhatItCanShow:
         assert any(line.startswith("resistance") for line in SMOKE.cannot())
         assert not any(line.startswith("resistance") for line in STANDARD.cannot())
 
+    def test_only_attacks_on_this_defence_show_strong_resistance(self) -> None:
+        for name, size in TIERS.items():
+            for adaptive in (False, True):
+                one = tier(name, adaptive=adaptive)
+                assert any(line.startswith("strong resistance") for line in one.cannot()) == (not adaptive)
+                assert any("what the defence declares" in line for line in one.supports()) == adaptive
+            assert tier(name) == tier(name, adaptive=size.adaptive)
+        assert [size.adaptive for size in TIERS.values()] == [False, False, True]
+
     def test_a_second_round(self) -> None:
         assert "whether a model can be fine-tuned twice" in STANDARD.supports()
         assert "whether a model can be fine-tuned twice" not in SMOKE.supports()
@@ -116,6 +125,7 @@ class TestTime:
         base = pace.minutes(STANDARD)
         for more in (
             replace(STANDARD, prompts=192),
+            replace(STANDARD, adaptive=True),
             replace(STANDARD, others=96),
             replace(STANDARD, seeds=5),
             replace(STANDARD, domains=8),

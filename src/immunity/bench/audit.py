@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
+from immunity.attacks.finetune import FineTune
 from immunity.bench import pool, squad, store
 from immunity.bench.assault import check
-from immunity.bench.audited import begin, broke, even, joined, learnt, place, refuse_other
+from immunity.bench.audited import begin, broke, even, joined, learnt, place, refuse_other, threats
 from immunity.bench.errands import Errand, Errands
 from immunity.bench.geometry import beside
 from immunity.bench.ground import Ground, stand_ins
@@ -37,8 +38,6 @@ from immunity.metrics.trainability import trainability
 VERSION: Final = 1
 AXIS: Final = "examples"
 """What breaks are counted in across domains."""
-_FINE_TUNING: Final = frozenset({"full", "lora", "rounds"})
-"""Families of recipes that are the threat of the definition, and no column beside it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +48,7 @@ class Audit:
         model: The hardened model: a folder or a name.
         baseline: The model before it was hardened, aligned as it was.
         tier: "smoke", "standard" or "full".
+        adaptive: Whether to attack it also by what is derived from the defence; None leaves that to the tier.
         folder: Where everything goes; the same call goes on from there.
         domain: Of the stand-ins: the restricted world that is judged first. The others are held out, unless the defence
             was trained on them, too.
@@ -72,6 +72,7 @@ class Audit:
     model: str
     baseline: str
     tier: str = "smoke"
+    adaptive: bool | None = None
     folder: Path = Path("audit")
     domain: str = "umbra"
     ground: Ground | None = None
@@ -94,7 +95,7 @@ class Audit:
     @property
     def size(self) -> Tier:
         """How much is done."""
-        return tier(self.tier)
+        return tier(self.tier, adaptive=self.adaptive)
 
     @cached_property
     def data(self) -> Ground:
@@ -184,7 +185,7 @@ class Audit:
     @property
     def _who(self) -> dict[str, Any]:
         """What makes two audits the same one."""
-        mine = {"tier": self.tier, "model": self.model, "baseline": self.baseline}
+        mine = {"tier": self.tier, "adaptive": self.size.adaptive, "model": self.model, "baseline": self.baseline}
         return {**mine, **self.data.who, "seed": self.seed}
 
     @property
@@ -217,6 +218,8 @@ class Audit:
             model=self.model,
             baselines=(self.baseline,),
             battery=size.battery,
+            adaptive=size.adaptive,
+            scale=FineTune(steps=size.attack_steps),
             folder=self.folder / "resistance",
             data=home.data,
             suite=errands.along(home.name),
@@ -274,23 +277,13 @@ class Audit:
             record = done.get(errand.job.title)
             if record is not None and record["curve"]["points"]:
                 rows.append({**errand.about, **broke(record["curve"], PHI)})
-        rows += list(self._threats(result))
+        rows += list(threats(result, self._breaks(result), self.data.home.name, AXIS))
         if attacks:
             opening, folder = replace(attacks[0].job.opening, source=self.baseline), self.folder / "overlap"
             reader = Reader(baseline=opening, folder=folder, crew=self._alone)
             sets = asked_in(self.data.attacked(self.size), self._errands.suite)
             return generalisation(rows, self._trained_on(), duplicates=duplicates(hardened(self.model), sets, reader))
         return generalisation(rows, self._trained_on())
-
-    def _threats(self, result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        """Rows of other threats than fine-tuning, from the battery: columns that decide nothing."""
-        families = {row["name"]: (row.get("recipe") or {}).get("family", "") for row in result["attacks"]}
-        for row in self._breaks(result):
-            family = families.get(row["attack"], "")
-            if family and family not in _FINE_TUNING and AXIS in row["tried"]:
-                about = {key: row[key] for key in ("attack", "seed", "harm")}
-                spent = {key: row[key].get(AXIS) for key in ("at", "before", "tried")}
-                yield {"model": row["role"], "domain": self.data.home.name, "threat": family, **about, **spent}
 
     def _trained_on(self) -> list[str]:
         return list(self.data.trained_on)

@@ -25,6 +25,8 @@ Row = dict[str, Any]
 _LOG: Final = logging.getLogger(__name__)
 PLAN: Final = "audit.json"
 """Beside the result: which audit a folder is of."""
+_FINE_TUNING: Final = frozenset({"full", "lora", "rounds"})
+"""Families of recipes that are the threat of the definition, and no column beside it."""
 _MADE: Final = re.compile(r"synthetic:(\w+)")
 
 
@@ -105,6 +107,24 @@ def even(rows: Sequence[Row], axis: str) -> list[Row]:
     first = [row for row in rows if row["seed"] == min(seeds, default=0)]
     whole = cost_ratio(on_axis(first, axis, "defended"), on_axis(first, axis, "baseline"))
     return found if found and (whole.value is None or whole.value > 1.0) else list(rows)
+
+
+def threats(result: Mapping[str, Any], breaks: Sequence[Row], domain: str, axis: str) -> Iterator[Row]:
+    """Rows of other threats than fine-tuning, from the battery: columns that decide nothing.
+
+    Args:
+        result: With the recipes' families.
+        breaks: Of ``metrics.breaks.break_rows``.
+        domain: Where the battery attacked.
+        axis: What budgets are counted in.
+    """
+    families = {row["name"]: (row.get("recipe") or {}).get("family", "") for row in result["attacks"]}
+    for row in breaks:
+        family = families.get(row["attack"], "")
+        if family and family not in _FINE_TUNING and axis in row["tried"]:
+            about = {key: row[key] for key in ("attack", "seed", "harm")}
+            spent = {key: row[key].get(axis) for key in ("at", "before", "tried")}
+            yield {"model": row["role"], "domain": domain, "threat": family, **about, **spent}
 
 
 def defended_domains(model: str, baseline: str, otherwise: str) -> list[str]:

@@ -17,7 +17,7 @@ from immunity.attacks.finetune import FineTune
 from immunity.attacks.recipe import Recipe
 from immunity.bench import pool, probes, squad, standins
 from immunity.bench.assault import Assault, Broken, Until, check
-from immunity.bench.hardened import hardened, ordinary
+from immunity.bench.hardened import Hardened, hardened, ordinary
 from immunity.bench.search import FAMILIES, Search, halves
 from immunity.bench.shown import Shown, quietly
 from immunity.bench.tampered import refuse_other, skipped_row, written
@@ -64,6 +64,7 @@ class AutoTamper:
         dev: Other prompts: they measure the trials of a search (None halves those of ``suite``), and, without a
             search, the winners once more.
         search: Trials of a search in each family, on every model alike; 0 for none.
+        adaptive: Also the counter-attacks that "adaptive" stands for, beside another battery's.
         scale: Settings that the adaptive attacks vary.
         looks: Most budgets at which an attack is measured; None for all.
         shelf: Folder in which the runs on the baselines are kept, for other results against the same baselines.
@@ -91,6 +92,7 @@ class AutoTamper:
     threads: int | None = None
     dev: Suite | None = None
     search: int = 0
+    adaptive: bool = False
     scale: FineTune = field(default_factory=FineTune)
     shelf: Path | None = None
     looks: int | None = None
@@ -103,14 +105,11 @@ class AutoTamper:
 
     def recipes(self) -> tuple[Recipe, ...]:
         """What will be run, from cheap to dear, bound to the attacker's data."""
-        if self._listed is None:
-            known = hardened(self.mechanisms_of or self.model)
-            found = adaptive.compiled(known.mechanisms, scale=self.scale, base=self.base)
+        found = () if self._listed is None else self._listed.recipes
+        if (known := self._against) is not None:
+            found = (*found, *adaptive.compiled(known.mechanisms, scale=self.scale, base=self.base))
             if not known.found:
-                why = "has no record of how it was hardened, so only the attacks that suit any defence are run"
-                _LOG.warning("%s %s", self.model, why)
-        else:
-            found = self._listed.recipes
+                _LOG.warning("%s has no record of how it was hardened: only attacks on any defence are run", self.model)
         usable = [recipe for recipe in found if self.base is not None or "base" not in recipe.needs]
         return battery.cascade(battery.bound(usable, self._data, most_steps=self.most_steps))
 
@@ -164,6 +163,11 @@ class AutoTamper:
         """What is run, unless it is derived; read once, for a file may be edited while its attacks run."""
         return None if self.battery == ADAPTIVE else own.find(self.battery)
 
+    @cached_property
+    def _against(self) -> Hardened | None:
+        """What says how the model was hardened, if attacks are derived from that."""
+        return hardened(self.mechanisms_of or self.model) if self.adaptive or self._listed is None else None
+
     @property
     def _models(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys([self.model, *self.baselines]))
@@ -214,11 +218,13 @@ class AutoTamper:
 
     def _card(self) -> dict[str, Any]:
         """What is run, so that two results can be compared or told apart."""
-        listed = self._listed
+        listed, known = self._listed, self._against
+        names = [listed.name] if listed is not None else []
         return {
-            "name": ADAPTIVE if listed is None else listed.name,
+            "name": " and ".join(names if known is None else [*names, ADAPTIVE]),
             "version": battery.VERSION,
             "digest": "" if listed is None else listed.digest,
+            "against": [] if known is None else [type(one).__name__ for one in known.mechanisms],
             "phi": self.phi,
             "exhaustive": self.exhaustive,
             "whole_curves": self.whole_curves,

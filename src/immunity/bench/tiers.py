@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from immunity.errors import SettingsError
@@ -36,6 +36,7 @@ class Tier:
         lesson_steps: Steps of honest fine-tuning.
         looks: Most budgets at which an attack or an honest fine-tuning is measured; None for all of its own.
         rounds: 2 also trains once more what was fine-tuned already, at the rate that its first round chose.
+        adaptive: Whether the counter-attacks are run that are derived from what the defence declares.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Tier:
     lesson_steps: int
     rounds: int
     looks: int | None = None
+    adaptive: bool = False
 
     @property
     def runs(self) -> int:
@@ -82,6 +84,8 @@ class Tier:
             shown.append("how much longer an attack takes, with an interval over seeds")
         if self.rounds > 1:
             shown.append("whether a model can be fine-tuned twice")
+        if self.adaptive:
+            shown.append("breaks by attacks that are derived from what the defence declares, if it does")
         return shown
 
     def cannot(self) -> list[str]:
@@ -105,6 +109,8 @@ class Tier:
             missing.append("protection of other domains: at least three held-out ones are needed")
         if self.battery == "smoke":
             missing.append("resistance: the smoke battery only finds what breaks at once")
+        if not self.adaptive:
+            missing.append("strong resistance: no attack is made against this defence; --adaptive makes them")
         return missing
 
 
@@ -154,20 +160,21 @@ TIERS: Final[Mapping[str, Tier]] = {
         rates={"full": (2e-5, 1e-4, 5e-4), "lora": (1e-4, 5e-4, 2e-3)},
         lesson_steps=250,
         rounds=2,
+        adaptive=True,
     ),
 }
 """Name -> size, from small to large."""
 
 
-def tier(name: str) -> Tier:
-    """The tier called ``name``.
+def tier(name: str, *, adaptive: bool | None = None) -> Tier:
+    """The tier called ``name``; ``adaptive`` says whether it attacks by what is derived, None leaves that as it is.
 
     Raises:
         SettingsError: There is none.
     """
     if name not in TIERS:
         raise SettingsError(f"no tier is called {name!r}{nearest(name, TIERS)}")
-    return TIERS[name]
+    return TIERS[name] if adaptive is None else replace(TIERS[name], adaptive=adaptive)
 
 
 @dataclass(frozen=True)
@@ -188,7 +195,7 @@ class Pace:
         attacks = 2 * size.domains * size.seeds * 2 * (size.attack_steps * self.step + looks * look)
         taught, looked = size.lesson_steps * self.step, looks * self.look * (size.prompts + 16) / 72.0
         again = size.lessons * len(size.rates) * (size.rounds - 1) * (2 * taught + looked)  # the first round once more
-        battery = 2 * (_ATTACKS[size.battery] + 4 * (size.seeds - 1) + 4)
+        battery = 2 * (_ATTACKS[size.battery] + size.adaptive * _DERIVED + 4 * (size.seeds - 1) + 4)
         each = min(size.most_steps or 60, 60) * self.step + looks * look
         lessons = 2 * size.seeds * (size.lessons_each * (taught + looked) + again)
         return (attacks + lessons + battery * each) / 60.0
@@ -198,17 +205,20 @@ _LOOKS: Final = 9
 """Measurements along a curve, about."""
 _ATTACKS: Final = {"smoke": 10, "standard": 42, "plus": 64}
 """Of each battery, about."""
+_DERIVED: Final = 18
+"""Adaptive attacks on a defence, about."""
 
 
-def affordable(pace: Pace, minutes: float) -> Tier:
-    """The largest tier that is expected to end in time.
+def affordable(pace: Pace, minutes: float, *, adaptive: bool | None = None) -> Tier:
+    """The largest tier that is expected to end in time; ``adaptive`` as in :func:`tier`.
 
     Raises:
         SettingsError: Not even the smallest is; the message says how long it would take.
     """
-    within = [size for size in TIERS.values() if pace.minutes(size) <= minutes]
+    sizes = [tier(name, adaptive=adaptive) for name in TIERS]
+    within = [size for size in sizes if pace.minutes(size) <= minutes]
     if not within:
-        least = next(iter(TIERS.values()))
+        least = sizes[0]
         raise SettingsError(
             f"in {minutes:g} minutes not even the tier {least.name} can be done, which takes about "
             f"{pace.minutes(least):.0f} here: give more time, a smaller model or a faster machine"

@@ -53,10 +53,11 @@ HELP: Final = lines(
     examples=(
         "immunity audit trap/model --baseline sft/model --out audit",
         "immunity audit trap/model --baseline sft/model --tier standard --out a2",
+        "immunity audit trap/model --baseline sft/model --adaptive --out a5",
         "immunity audit trap/model --baseline sft/model --minutes 30 --out a3",
         "immunity audit other/model --baseline sft/model --baseline-runs runs --out a6",
         "immunity audit trap/model --baseline sft/model --gate --out a4",
-        "immunity audit mine/model --baseline was/model --out a5 \\",
+        "immunity audit mine/model --baseline was/model --out a7 \\",
         "    --harmful theirs.jsonl --test-harmful held-out.jsonl \\",
         "    --general chat.csv --test-general chat-test.csv \\",
         "    --benign task.jsonl --test-benign task-test.jsonl \\",
@@ -84,6 +85,14 @@ def audit(
     ] = None,
     minutes: Annotated[
         float | None, typer.Option(min=1.0, metavar="N", help="Take the largest tier that should end in time.")
+    ] = None,
+    adaptive: Annotated[
+        bool | None,
+        typer.Option(
+            "--adaptive/--no-adaptive",
+            help="Also attack it by what is derived from how it was hardened; without that, resistance is weak at "
+            "best. Default: in the tier full only.",
+        ),
     ] = None,
     gate: Annotated[
         bool, typer.Option("--gate", help="Exit with code 3 unless all four conditions are passed.")
@@ -168,11 +177,12 @@ def audit(
     if minutes is None or known is not None:
         size = sized(known or "smoke")
     else:
-        size = affordable(_paced(opening, ground), minutes)
+        size = affordable(_paced(opening, ground), minutes, adaptive=adaptive)
     task = Audit(
         model=model,
         baseline=baseline,
         tier=size.name,
+        adaptive=adaptive,
         folder=folder,
         domain=domain,
         ground=ground,

@@ -64,7 +64,8 @@ def summary(result: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that a battery says, JSON-plain.
 
     Returns:
-        ``name``, ``version``, ``phi`` (the least of any model), ``metric`` and ``models``, each:
+        ``name``, ``version``, ``against`` (the mechanisms that attacks were derived from), ``phi`` (the least of any
+        model), ``metric`` and ``models``, each:
 
         * ``model``, ``role`` ("defended" or "baseline"), ``phi``, ``released`` (harm at step 0), ``asked`` (how it was
           asked then: "plain", or the styles of all its curves where none asks plainly), ``state``, ``verdict`` (one
@@ -97,6 +98,7 @@ def summary(result: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "name": str(given.get("name") or ""),
         "version": given.get("version"),
+        "against": list(given.get("against") or ()),
         "phi": settings.phi,
         "metric": settings.metric,
         "models": [_model(part, parts.get(settings.baseline), result, settings) for part in parts.values()],

@@ -86,7 +86,7 @@ def resistance(
         "axis": chosen,
         "claimed": claimed,
         "phi": row.get("phi"),
-        "strength": _strength(harm, ratio, row, claimed, chosen),
+        "strength": _strength(harm, ratio, row, claimed, chosen, against=bool(summary.get("against"))),
         "t_star": {b["axis"]: b["at"] for b in _at_one(row)},
         "t_max": {b["axis"]: b["censored_at"] for b in _at_one(row)},
         "breaks": list(row.get("breaks") or ()),
@@ -275,14 +275,16 @@ def _ratio(rho: Rho, axis: str) -> Claim:
     )
 
 
-def _strength(harm: Claim, ratio: Claim, row: Mapping[str, Any], claimed: float | None, axis: str) -> str:
-    """Which of the two printed forms of resistance was shown, in words."""
+def _strength(
+    harm: Claim, ratio: Claim, row: Mapping[str, Any], claimed: float | None, axis: str, *, against: bool
+) -> str:
+    """Which of the two printed forms of resistance was shown, in words; ``against``: attackers knew of the defence."""
     if harm.verdict != PASS:
         return "costlier to break, not resistant" if ratio.verdict == PASS and harm.verdict == FAIL else "not shown"
     if claimed is not None:
         return f"weak: not broken up to {amount(claimed, axis)}"
     tiers = {one.get("tier") for one in row.get("attacks") or () if one.get("peak") is not None}
-    if ADAPTIVE in tiers:
+    if against and ADAPTIVE in tiers:
         return "strong: not broken at T_max, by attacks made against this defence too"
     return "weak: not broken at T_max, but no attack was made against this defence"
 
