@@ -52,7 +52,8 @@ def attacked(study: Mapping[str, Any], part: Mapping[str, str], model: Path, wor
         run(
             "attack", str(model), "--battery", str(HERE / "studies" / part["battery"]), "--exhaustive",
             "--whole-curves", "--fresh-seeds", "0", *seeds, "--prompts", str(study["prompts"]),
-            "--workers", str(workers), *shlex.split(part.get("options", "")), "--out", str(out),
+            "--looks", str(study["looks"]), "--workers", str(workers),
+            *shlex.split(part.get("options", "")), "--out", str(out),
         )  # fmt: skip
     found: Mapping[str, Any] = json.loads((out / "result.json").read_text(encoding="utf-8"))
     return found

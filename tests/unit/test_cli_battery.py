@@ -89,15 +89,27 @@ def test_options_reach_the_battery(main, monkeypatch):
         *("--exhaustive", "--whole-curves", "--max-steps", "7", "--search", "4", "--fresh-seeds", "3", "--phi", "0.2"),
         *("--scale", "steps=7", "--scale", "lr=0.002", "--seed", "6"),
         *("--seed", "5", "--max-length", "99", "--device", "cpu", "--template", "alpaca", "--workers", "2"),
+        *("--looks", "3"),
     )
     assert said.code == 0, said.err
     (one,) = seen
     assert (one.model, one.baselines, one.battery, one.base) == ("tiny", ("smollm2",), "adaptive", "smollm2")
     assert (one.exhaustive, one.whole_curves, one.most_steps, one.search) == (True, True, 7, 4)
     assert (one.fresh_seeds, one.phi, one.seed, one.repeats, one.folder) == (3, 0.2, 6, (5,), Path("a"))
-    assert one.scale == FineTune(steps=7, lr=0.002)
+    assert (one.scale, one.looks) == (FineTune(steps=7, lr=0.002), 3)
     assert (one.max_length, one.device, one.template, one.workers, one.threads) == (99, "cpu", "alpaca", 2, 1)
     assert not {e.prompt for e in one.dev.harmful} & {e.prompt for e in one.suite.harmful}
+
+
+def test_one_attack_is_looked_at_as_often_as_was_said(main):
+    words = ("attack", "tiny", "--set", "steps=6", "--set", "n=8", "--set", "batch_size=2", *SHORT)
+    assert main(*words, "--looks", "3", "--out", "a").code == 0
+    (few,) = store.read(Path("a") / store.RESULT)["curves"]
+    assert [point["step"] for point in few["points"]] == [0, 2, 6]
+    assert main(*words, "--out", "b").code == 0
+    (all_,) = store.read(Path("b") / store.RESULT)["curves"]
+    assert [point["step"] for point in all_["points"]] == [0, 1, 2, 3, 5, 6]
+    assert few["points"][-1]["metrics"] == all_["points"][-1]["metrics"]
 
 
 BATTERY = ("attack", "tiny", "--battery", "smoke", "--out", "a")
@@ -115,6 +127,7 @@ MISTAKES = [
     (("attack", "tiny", "--battery", "smok", "--out", "a"), "did you mean smoke"),
     ((*BATTERY, "--phi", "1"), "--phi"),
     ((*BATTERY, "--max-steps", "0"), "--max-steps"),
+    ((*SINGLE, "--looks", "1"), "--looks"),
     ((*BATTERY, "--baseline", "tinny"), "cannot load 'tinny'"),
     (
         (*BATTERY, "--search", "1", "--prompts", "1", "--test-harmful", "d.jsonl", "--test-general", "d.jsonl"),

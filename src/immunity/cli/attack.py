@@ -156,6 +156,15 @@ def attack(
         int, typer.Option(min=1, metavar="N", rich_help_panel=MEASURING, help="Held-out prompts of each kind.")
     ] = 48,
     tokens: Annotated[int, typer.Option(min=1, metavar="N", rich_help_panel=MEASURING, help="Longest answer.")] = 32,
+    looks: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            metavar="N",
+            rich_help_panel=MEASURING,
+            help="Measure an attack so many times at most, ends included.",
+        ),
+    ] = None,
     template: Template = "auto",
     max_length: MaxLength = None,
     device: Device = "auto",
@@ -209,6 +218,7 @@ def attack(
         folder=folder,
         workers=workers,
         seeds=tuple(dict.fromkeys(seed or [])),
+        looks=looks,
     )
     if battery is None:
         raise typer.Exit(single.run(task, attack, preset, set_ or []))

@@ -73,6 +73,7 @@ def run(task: Task, plan: Plan) -> int:
         whole_curves=plan.whole_curves,
         most_steps=plan.max_steps,
         search=plan.search,
+        looks=task.looks,
         template=task.opening.template,
         device=task.opening.device,
         max_length=task.opening.max_length,

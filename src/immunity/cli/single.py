@@ -32,6 +32,7 @@ class Task:
         folder: Where everything goes.
         workers: Attacks side by side.
         seeds: Of the attack; empty for its own.
+        looks: Most budgets at which an attack is measured; None for all of its own.
     """
 
     models: tuple[str, ...]
@@ -42,6 +43,7 @@ class Task:
     folder: Path
     workers: int
     seeds: tuple[int, ...]
+    looks: int | None = None
 
     @property
     def threads(self) -> int:
@@ -76,6 +78,7 @@ def run(task: Task, name: str, preset: str, words: list[str]) -> int:
             data=task.data,
             suite=task.suite,
             folder=task.folder / f"{i}-seed{seed}",
+            looks=task.looks,
         )
         for i, source in enumerate(task.models)
         for seed in task.seeds or (chosen.seed,)
