@@ -365,6 +365,18 @@ class TestRefusing:
             Audit(model=copied, baseline=str(tmp_path / "nothing"), folder=tmp_path / "a").run(watch.shown)
         assert not watch.computed
 
+    @pytest.mark.parametrize(
+        ("tier", "said", "wanted"), [("smoke", True, True), ("full", None, True), ("full", False, False)]
+    )
+    def test_the_battery_is_told_whether_to_derive_attacks(
+        self, copied: str, tier: str, said: bool | None, wanted: bool
+    ) -> None:
+        made = Audit(model=copied, baseline="tiny", tier=tier, adaptive=said)
+        tamper = made._tamper()
+        assert (tamper.adaptive, tamper.battery) == (wanted, made.size.battery)
+        assert tamper.scale == FineTune(steps=made.size.attack_steps)
+        assert any(recipe.tier == "adaptive" for recipe in tamper.recipes()) == wanted
+
     def test_what_there_is_not(self, copied: str) -> None:
         with pytest.raises(SettingsError, match="no tier is called 'smke'; did you mean smoke"):
             Audit(model=copied, baseline="tiny", tier="smke")

@@ -68,6 +68,27 @@ def test_it_says_what_it_can_show_then_prints_and_writes_the_card(
     assert set(kept["audit"]["verdicts"].values()) <= set(VERDICTS)
 
 
+@pytest.mark.parametrize(("more", "wanted"), [((), None), (("--adaptive",), True), (("--no-adaptive",), False)])
+def test_derived_attacks_are_asked_for(
+    more: tuple[str, ...],
+    wanted: bool | None,
+    main: Main,
+    done: tuple[Path, str, dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[Audit] = []
+
+    def run(self: Audit, *_: object) -> dict[str, Any]:
+        seen.append(self)
+        return done[2]
+
+    monkeypatch.setattr(Audit, "run", run)
+    said = main(*words(done, *more))
+    assert said.code == 0, said.err
+    assert [one.adaptive for one in seen] == [wanted]
+    assert ("it cannot show: strong resistance" in said.out) == (wanted is not True)
+
+
 def test_the_gate_is_shut_unless_everything_passes(
     main: Main, done: tuple[Path, str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
