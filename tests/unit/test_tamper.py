@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -190,9 +191,10 @@ def test_a_crash_costs_itself_alone(models, tmp_path, tiny_battery):
 
 
 @pytest.mark.parametrize(("template", "why"), [("chatml", "has no token <|im_start|>"), ("alpaca", "prompts fill 64")])
-def test_what_nobody_can_ask_a_model_is_skipped_and_no_crash(models, tmp_path, tiny_battery, template, why):
+@pytest.mark.parametrize("attack", [Ask, partial(FineTune, steps=2, n=4)])
+def test_what_nobody_can_ask_a_model_is_skipped_and_no_crash(models, tmp_path, tiny_battery, attack, template, why):
     source = "tiny" if template == "chatml" else models[0]  # a tokenizer without such tokens, a model of 64 positions
-    tiny_battery(WEAK, CRASH, recipe("other", Ask(template=template), "prompting"))
+    tiny_battery(WEAK, CRASH, recipe("other", attack(template=template), "prompting"))
     result = tamper(tmp_path / "a", source).run()
     assert rows(result, "attack") == [("weak",)]
     assert rows(result, "attack", kind="failures") == [("crash",)]
@@ -243,8 +245,9 @@ def test_one_that_cannot_be_in_a_fleet_does_not_take_the_others_along(models, tm
     tiny_battery(FIRST, SECOND, long)
     result = tamper(tmp_path, models[0]).run()
     assert rows(result, "attack") == [("first",), ("second",)]
-    assert rows(result, "attack", kind="failures") == [("long",)]
-    assert "raise max_length" in result["failures"][0]["error"]
+    assert not result["failures"]
+    assert rows(result, "attack", kind="skipped") == [("long",)]
+    assert "raise max_length" in result["skipped"][0]["why"]
 
 
 def test_nothing_could_be_run(models, tmp_path, tiny_battery):

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import ClassVar, Final, final
+from typing import ClassVar, final
 
 from immunity.attacks.attack import THREATS, Attack, Manner
 from immunity.attacks.curve import Recorder
+from immunity.attacks.inapplicable import under
 from immunity.data import styles
 from immunity.data.chat import template
 from immunity.data.corpus import Corpora
-from immunity.errors import DataError, ModelError, SettingsError
+from immunity.errors import SettingsError
 from immunity.models import LanguageModel
-
-INAPPLICABLE: Final = "does not apply to this model"
-"""How the error begins of an attack that there is no way to make on a model, whoever tries."""
 
 
 @final
@@ -69,22 +65,14 @@ class Ask(Attack):
 
         Raises:
             ModelError: Nobody can ask this model so: its tokenizer cannot write the other template, or the questions
-                have no room in it once they are written. The message begins with :data:`INAPPLICABLE`.
+                have no room in it once they are written. The message begins with
+                :data:`~immunity.attacks.inapplicable.INAPPLICABLE`.
         """
-        with _possible(self.template):
+        with under(self.template):
             other = None if self.template == "auto" else template(self.template, model.tokenizer)
         recorder.reached(0, model)
         if other is not None:
             model = replace(model, template=other)
-            with _possible(self.template):
+            with under(self.template):
                 recorder.reached(1, model)
         return model
-
-
-@contextmanager
-def _possible(name: str) -> Iterator[None]:
-    """What a model cannot be asked under a template is no fault of the run."""
-    try:
-        yield
-    except (ModelError, DataError) as error:
-        raise ModelError(f"{INAPPLICABLE} under the template {name}: {error}") from error

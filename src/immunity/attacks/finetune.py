@@ -12,6 +12,7 @@ from immunity import adapters
 from immunity.attacks import guards
 from immunity.attacks.attack import THREATS, Attack, Manner, needed
 from immunity.attacks.curve import Recorder, Spent, budgets
+from immunity.attacks.inapplicable import under
 from immunity.batch import Batch
 from immunity.data import salient, styles
 from immunity.data.chat import template
@@ -204,19 +205,26 @@ class FineTune(Attack):
     def trained(self, model: LanguageModel) -> LanguageModel:
         """The opened model with what is trained of it made trainable, asked with this attack's template."""
         if self.template != "auto":
-            model = replace(model, template=template(self.template, model.tokenizer))
+            with under(self.template):
+                model = replace(model, template=template(self.template, model.tokenizer))
         if self.adapter == "continue":
             return model
         return adapters.trained(model, self.adapter, r=self.r, seed=self.seed, layers=self.layers)
 
     def streams(self, data: Corpora, model: LanguageModel) -> dict[str, Callable[[int], Batch]]:
-        """(step -> batch) of each role that the direction reads; ``data`` is what :meth:`reads` gave."""
-        by = {
-            role: Shuffled(
-                styles.tokenised(_whole(corpus), model.template, model.max_length), self.batch_size, self.seed
-            )
-            for role, corpus in data.items()
-        }
+        """(step -> batch) of each role that the direction reads; ``data`` is what :meth:`reads` gave.
+
+        Raises:
+            ModelError: No row has room under the attacker's own template: see
+                :data:`~immunity.attacks.inapplicable.INAPPLICABLE`.
+        """
+        with under(self.template):
+            by = {
+                role: Shuffled(
+                    styles.tokenised(_whole(corpus), model.template, model.max_length), self.batch_size, self.seed
+                )
+                for role, corpus in data.items()
+            }
         until = round(self.first * self.steps)
 
         def train(step: int) -> Batch:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from immunity.attacks.ask import INAPPLICABLE
+from immunity.attacks.inapplicable import INAPPLICABLE
 from immunity.attacks.recipe import Recipe
 from immunity.bench import probes, store
 from immunity.bench.assault import Assault, origin
