@@ -57,7 +57,7 @@ def index() -> str:
         WRITTEN,
         "Two answers to what a safe model is, and families inside the first. `immunity list` prints the same. The cost "
         "is in gradients a step, where plain fine-tuning takes one. No method is recommended here: what each of them "
-        "protects from is for `immunity audit` to say.",
+        "protects from is for `immunity audit` to say, and [what it said so far](../results/README.md) is on a page.",
     ]
     block = ""
     for shelf in shelves(METHODS):
