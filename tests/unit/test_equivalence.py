@@ -26,6 +26,13 @@ class TestDifference:
         assert not tost([[1.0] * 100], [[1.0] * 100]).equivalent
         assert tost([[1.0] * 200], [[1.0] * 200]).equivalent
 
+    def test_rates_are_never_more_than_1_apart(self) -> None:
+        none, most = [[0.0] * 24], [[1.0] * 23 + [0.0]]
+        assert difference(none, most, share=False).interval(0.9999).low < -1.0
+        assert difference(none, [[1.0] * 24]).interval().low == -1.0
+        assert difference([[1.0] * 24], none).interval().high == 1.0
+        assert difference(none, most).interval().low > -1.0
+
     def test_one_seed_stands_beside_each_of_several(self) -> None:
         several = [[1.0, 0.0, 1.0, 1.0]] * 3
         found = difference(several, [[1.0, 1.0, 1.0, 1.0]])

@@ -85,6 +85,7 @@ class Difference:
         n: Prompts with at least one pair.
         seeds: Of the model that has more.
         unscored: Pairs in which a score is missing.
+        share: Whether both are rates, so that no more than 1 can lie between them.
     """
 
     value: float
@@ -93,6 +94,7 @@ class Difference:
     n: int
     seeds: int
     unscored: int
+    share: bool = True
 
     @property
     def se(self) -> float:
@@ -106,8 +108,9 @@ class Difference:
         return (t_quantile(0.975, df) + t_quantile(0.80, df)) * self.se
 
     def interval(self, level: float = LEVEL) -> Interval:
-        """The interval at a level; it always holds the value."""
-        low, high = self.lower.quantile(0.5 - level / 2.0), self.upper.quantile(0.5 + level / 2.0)
+        """The interval at a level; it always holds the value, and ends at ±1 for rates unless nothing bounds it."""
+        ends = self.lower.quantile(0.5 - level / 2.0), self.upper.quantile(0.5 + level / 2.0)
+        low, high = (max(-1.0, min(end, 1.0)) if self.share and math.isfinite(end) else end for end in ends)
         return Interval(min(low, self.value), max(high, self.value))
 
 
@@ -162,7 +165,8 @@ def difference(model: Rows, baseline: Rows, *, share: bool = True, draws: int = 
     upper = lower
     if share and missing:
         upper = _known(_filled(first, 1.0) - _filled(second, 0.0), share, draws, seed)
-    return Difference(float(gaps[known].mean()), lower, upper, int(known.any(axis=0).sum()), len(gaps), missing)
+    n = int(known.any(axis=0).sum())
+    return Difference(float(gaps[known].mean()), lower, upper, n, len(gaps), missing, share)
 
 
 def tost(model: Rows, baseline: Rows, *, delta: float = DELTA, share: bool = True) -> Tost:
