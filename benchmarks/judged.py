@@ -2,7 +2,7 @@
 
     python benchmarks/judged.py benchmarks/studies/cost-raising-1.json --out study
     python benchmarks/judged.py benchmarks/studies/cost-raising-1.json --out study --only SFT --only MLAC --tier smoke
-    python benchmarks/judged.py benchmarks/studies/cost-raising-1.json --out study --table --figure docs/results/cost-raising-1.png
+    python benchmarks/judged.py benchmarks/studies/cost-raising-1.json --out study --table --figure costs.png
 
 For every seed the model is aligned, hardened by each defence from there, and audited against the aligned model, by the
 command line and nothing else; the commands are printed. Audits of a seed share the baseline's half. What is done is not
