@@ -135,7 +135,7 @@ def test_all_problems_are_reported_at_once():
         {"couple": (0.0, -0.1)},
         {"moves": 0},
         {"most": 0.0},
-        {"horizon": (3, 64)},
+        {"moves": 4, "horizon": (3, 64)},
         {"horizon": (64, 16)},
         {"pool": ()},
         {"pool": (HONEST,)},

@@ -89,7 +89,7 @@ class PersistentTrap(StatefulMethod):
         year=2026,
         block="conditional collapse",
         family="collapse trap",
-        gradients="m + 3 (m + 2 where an honest user has his turn; 7 with m = 4), one forward pass; 4 a coupled place",
+        gradients="m + 3 (m + 2 where an honest user has his turn; 4 with m = 1), one forward pass; 4 a coupled place",
         says="Plants a trap along simulated fine-tunes that go on from step to step, and keeps honest ones clear.",
     )
     strength: ClassVar[str] = "lam"
@@ -100,7 +100,7 @@ class PersistentTrap(StatefulMethod):
         "adamw lr=1e-4..1e-3 on=benign",
     )
     horizon: tuple[int, int] = (16, 64)
-    moves: int = 4
+    moves: int = 1
     general: str = "error"
     restricted: str = "uniform"
     mu: float = 0.33
