@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Final
+
+INAPPLICABLE: Final = "does not apply to this model"
+"""How the error begins of what there is no way to do to a model, whoever tries: it is skipped, and has not failed."""
+
 
 class ImmunityError(Exception):
     """Base of every error that this library raises on purpose."""

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from immunity.bench.worker import Outcome
 from immunity.cli import console, pace
+from immunity.errors import INAPPLICABLE
 
 
 def job(title: str, steps: int, measured: frozenset[int] = frozenset()) -> SimpleNamespace:
@@ -81,8 +82,8 @@ def test_duration(seconds, text):
 class TestBars:
     def test_plain_lines_without_a_terminal(self, capsys, monkeypatch):
         monkeypatch.setattr(console, "EVERY", 0.0)
-        jobs = [job("one [x]", 3), job("two", 2), job("three", 2)]
-        with console.bars(jobs, [1.0, 2.0, 1.0]) as shown:
+        jobs = [job("one [x]", 3), job("two", 2), job("three", 2), job("four", 2)]
+        with console.bars(jobs, [1.0, 2.0, 1.0, 1.0]) as shown:
             shown.began(0)
             shown(0, 1, {})
             shown(0, 2, {"nll/a": 0.5, "nll/a@1": 9.0, "lr": 0.1})
@@ -92,6 +93,8 @@ class TestBars:
             shown.ended(Outcome(None, {}), 1)
             shown.began(2)
             shown.ended(Outcome(None, None, "why"), 2)
+            shown.began(3)
+            shown.ended(Outcome(None, None, f"{INAPPLICABLE} under the template x"), 3)
         lines = capsys.readouterr().err.splitlines()
         assert lines[0] == "started   one [x]"
         assert lines[1] == "goes on   one [x]: from step 1"
@@ -102,6 +105,8 @@ class TestBars:
             "kept      two",
             "started   three",
             "failed    three",
+            "started   four",
+            "skipped   four",
         ]
 
     def test_data_that_are_rewritten_first_have_lines_of_their_own_and_are_no_steps(self, capsys, monkeypatch):

@@ -66,7 +66,7 @@ class Ask(Attack):
         Raises:
             ModelError: Nobody can ask this model so: its tokenizer cannot write the other template, or the questions
                 have no room in it once they are written. The message begins with
-                :data:`~immunity.attacks.inapplicable.INAPPLICABLE`.
+                :data:`~immunity.errors.INAPPLICABLE`.
         """
         with under(self.template):
             other = None if self.template == "auto" else template(self.template, model.tokenizer)

@@ -216,7 +216,7 @@ class FineTune(Attack):
 
         Raises:
             ModelError: No row has room under the attacker's own template: see
-                :data:`~immunity.attacks.inapplicable.INAPPLICABLE`.
+                :data:`~immunity.errors.INAPPLICABLE`.
         """
         with under(self.template):
             by = {

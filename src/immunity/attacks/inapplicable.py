@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final
 
-from immunity.errors import DataError, ModelError
-
-INAPPLICABLE: Final = "does not apply to this model"
-"""How the error begins."""
+from immunity.errors import INAPPLICABLE, DataError, ModelError
 
 
 @contextmanager

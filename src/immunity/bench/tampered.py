@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from immunity.attacks.inapplicable import INAPPLICABLE
 from immunity.attacks.recipe import Recipe
 from immunity.bench import probes, store
 from immunity.bench.assault import Assault, origin
@@ -14,7 +13,7 @@ from immunity.bench.hardened import hardened
 from immunity.bench.hardened import origin as made_from
 from immunity.bench.worker import Outcome
 from immunity.data.corpus import Corpora
-from immunity.errors import ResumeError
+from immunity.errors import INAPPLICABLE, ResumeError
 from immunity.measure.suite import Suite
 from immunity.metrics.battery import summary
 from immunity.metrics.counted import counted, verb
@@ -65,8 +64,8 @@ def written(
         attacked=records,
     )
     lost = [outcome for outcome in outcomes.values() if outcome.record is None]
-    result["failures"] = [_failure(outcome) for outcome in lost if not _inapplicable(outcome)]
-    result["skipped"] = [*skipped, *(_passed_over(outcome) for outcome in lost if _inapplicable(outcome))]
+    result["failures"] = [_failure(outcome) for outcome in lost if not outcome.inapplicable]
+    result["skipped"] = [*skipped, *(_passed_over(outcome) for outcome in lost if outcome.inapplicable)]
     result["battery"] = {**card, **probes.evidence(records, known, suite, data), "trials": list(trials)}
     plain = store.plain(store.same_run(folder / store.RESULT, result))
     plain["verdicts"] = verdict_rows(plain)
@@ -103,10 +102,6 @@ def inapplicable(skipped: Sequence[Mapping[str, Any]], model: str) -> list[str]:
     n = len(names)
     told = f"{counted(n, 'attack')} {verb(n, 'does', 'do')} not apply to this model: {', '.join(names)}"
     return [f"what cannot be tried: {told}"] if n else []
-
-
-def _inapplicable(outcome: Outcome) -> bool:
-    return isinstance(outcome.job, Assault) and outcome.error.startswith(INAPPLICABLE)
 
 
 def _passed_over(outcome: Outcome) -> dict[str, Any]:

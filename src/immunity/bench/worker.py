@@ -17,7 +17,7 @@ from typing import Any, Final
 import torch
 
 from immunity.bench.jobs import Job
-from immunity.errors import DivergedError, ImmunityError
+from immunity.errors import INAPPLICABLE, DivergedError, ImmunityError
 
 _FULL: Final = ("out of memory", "can't allocate memory", "not enough memory")
 
@@ -39,6 +39,11 @@ class Outcome:
     error: str = ""
     refused: bool = False
     details: str = ""
+
+    @property
+    def inapplicable(self) -> bool:
+        """Whether there is no way to do it to this model, whoever tries."""
+        return self.record is None and self.error.startswith(INAPPLICABLE)
 
 
 def attempt(job: Job, tell: Callable[[int, Mapping[str, float]], None]) -> Outcome:

@@ -204,7 +204,9 @@ class Bars:
         self.progress.remove_task(self.tasks[index])
         self._whole()
         job = self.jobs[index]
-        if outcome.record is None:
+        if outcome.inapplicable:
+            word = "skipped   "
+        elif outcome.record is None:
             word = "failed    "
         elif index not in self.pace.seen:
             word = "kept      "
