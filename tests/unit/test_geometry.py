@@ -255,6 +255,21 @@ def test_a_model_that_failed_is_left_out(done):
     assert [row["name"] for row in whole["models"]] == ["tiny", "other"]
 
 
+def test_what_is_around_the_baseline_can_be_shared_between_audits(done):
+    _, record = done
+    suite, data, shelf = standins.suite("umbra", n=8), standins.attacker("umbra"), Path("shelf")
+
+    def audit(folder: str, how: Probe = HOW) -> list[Geometry]:
+        opening = Opening(source="", device="cpu", max_length=64)
+        return around(("tiny", "tiny"), opening, data, suite, probe=how, folder=Path(folder), shelf=shelf)
+
+    one, two, other = audit("one"), audit("two"), audit("three", replace(HOW, seed=1))
+    assert one[0].folder == Path("one", "model") and two[0].folder == Path("two", "model"), "each has its own model"
+    assert one[1].folder == two[1].folder != other[1].folder and one[1].folder.parent == shelf
+    found = beside(one, {one[0].title: record, one[1].title: record})
+    assert [row["role"] for row in found["models"]] == ["model", "baseline"]
+
+
 def test_every_tier_of_an_audit_has_a_probe():
     assert set(PROBES) == set(TIERS)
     assert (

@@ -178,6 +178,7 @@ class Errands:
             self.suite(home.name),
             probe=PROBES[self.size.name],
             folder=self.folder / "geometry",
+            shelf=self.shelf,
         )
 
     def attacks(self) -> Iterator[Errand]:

@@ -23,6 +23,8 @@ from immunity.metrics import geometry
 from immunity.models import all_weights, estimate
 
 VERSION: Final = 1
+PLACES: Final = ("model", "baseline")
+"""What an audit's jobs look around, in order."""
 ROLES: Final = ("harmful", "general", "benign")
 PROBES: Final[Mapping[str, Probe]] = {
     "smoke": Probe(distances=(0.05, 0.2, 0.5, 1.0), draws=1, rows=8, measured=6, path_steps=0),
@@ -92,6 +94,10 @@ class Geometry(Job):
             "word": self.word,
         }
 
+    def on(self, shelf: Path) -> Geometry:
+        """The same job, in the shelf's folder for it."""
+        return replace(self, folder=store.shelved(shelf, "geometry", self.identity()))
+
     def work(self, tell: Tell) -> dict[str, Any]:
         """See :meth:`Job.work`."""
         began = time.perf_counter()
@@ -129,7 +135,14 @@ class Geometry(Job):
 
 
 def around(
-    models: Sequence[str], opening: Opening, data: Corpora, suite: Suite, *, probe: Probe, folder: Path
+    models: Sequence[str],
+    opening: Opening,
+    data: Corpora,
+    suite: Suite,
+    *,
+    probe: Probe,
+    folder: Path,
+    shelf: Path | None = None,
 ) -> list[Geometry]:
     """A job for each model, all with the same data, word and directions' seeds.
 
@@ -140,10 +153,11 @@ def around(
         suite: Its held-out rows are measured, and its collapse word is looked for ("error" if it has none).
         probe: Where.
         folder: Each job gets a folder of its own in it.
+        shelf: Where the baseline's is kept instead, for other audits against the same one.
     """
     kinds = {"harmful": suite.harmful, "general": suite.general, "benign": suite.benign}
     held_out = {role: corpus for role, corpus in kinds.items() if corpus is not None}
-    return [
+    jobs = [
         Geometry(
             name=source,
             opening=replace(opening, source=source),
@@ -153,8 +167,9 @@ def around(
             folder=folder / role,
             probe=probe,
         )
-        for source, role in zip(models, ("model", "baseline"), strict=False)
+        for source, role in zip(models, PLACES, strict=False)
     ]
+    return jobs if shelf is None else [jobs[0], *(job.on(shelf) for job in jobs[1:])]
 
 
 def told(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -193,5 +208,5 @@ def beside(jobs: Sequence[Geometry], done: Mapping[str, Mapping[str, Any]]) -> d
         jobs: Of :func:`around`.
         done: Title -> record.
     """
-    records = {job.folder.name: done[job.title] for job in jobs if job.title in done}
+    records = {role: done[job.title] for role, job in zip(PLACES, jobs, strict=False) if job.title in done}
     return told(records) if records else {}
