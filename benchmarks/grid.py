@@ -8,7 +8,8 @@
 Every defence is hardened from an aligned start, once for each hardening seed, and attacked by batteries of its own,
 every attack to its end and with each attack seed, by the command line and nothing else; the commands are printed. What
 is done is not done again, so a study may take several sittings; the tables show what there is. A cell is the mean over
-seeds with its 95 % interval: prompts and hardening seeds are both drawn anew, attack seeds are averaged before.
+seeds with its 95 % interval: prompts and hardening seeds are both drawn anew, attack seeds are averaged before. A study
+with a "goal" says for each defence which part of it is reached (✓), missed (✕) or open (?), by those intervals.
 """
 
 from __future__ import annotations
@@ -22,9 +23,14 @@ from typing import Any, NamedTuple
 import vl_convert
 from study import hardened, options, read, run, slug
 
-from immunity.metrics.stats import rate
+from immunity.metrics import stats
+from immunity.metrics.equivalence import difference
 
 Curve = Mapping[str, Any]
+Results = Mapping[int, Sequence[Mapping[str, Any]]]
+"""Hardening seed -> the results of all parts."""
+Rows = Sequence[Sequence[float]]
+"""For each hardening seed one score a prompt."""
 HERE = Path(__file__).parent
 
 
@@ -65,7 +71,7 @@ def scores(curve: Curve, column: Column) -> list[float] | None:
     return (points[-1].get("per_prompt") or {}).get(column.metric) if points else None
 
 
-def matrix(results: Mapping[int, Sequence[Mapping[str, Any]]], column: Column) -> list[list[float]]:
+def matrix(results: Results, column: Column) -> list[list[float]]:
     """For each hardening seed one score a prompt, averaged over attack seeds."""
     rows = []
     for parts in results.values():
@@ -76,21 +82,58 @@ def matrix(results: Mapping[int, Sequence[Mapping[str, Any]]], column: Column) -
     return rows
 
 
-def told(results: Mapping[int, Sequence[Mapping[str, Any]]], column: Column) -> str:
+def told(results: Results, column: Column) -> str:
     """The mean of a column over seeds, and its interval."""
     rows = matrix(results, column)
-    if not rows:
-        return "–"
-    centre, spread = mean(rows), rate(rows)
-    return f"{centre:.2f} [{spread.low:.2f}–{spread.high:.2f}]"
+    return shown(mean(rows), interval(rows, column.metric)) if rows else "–"
 
 
-def mean(rows: Sequence[Sequence[float]]) -> float:
+def shown(value: float, spread: stats.Interval) -> str:
+    """A mean and its interval."""
+    return f"{value:.2f} [{spread.low:.2f}–{spread.high:.2f}]"
+
+
+def interval(rows: Rows, metric: str) -> stats.Interval:
+    """That of a mean rate, or of a mean loss."""
+    if not metric.endswith("_loss"):
+        return stats.rate(rows)
+    return difference(rows, [[0.0] * len(rows[0])], share=False).interval(0.95)
+
+
+def cell(part: Mapping[str, Any], mine: Results, rival: Results) -> str:
+    """How a defence stands to one part of the goal: its worst column, and whether the interval lies within the limit.
+
+    Args:
+        part: "columns", of which the worst counts, and "most" or "least": its limit. With "against", the name of a
+            rival, it is what is left of the defence's scores after "times" the rival's, prompt by prompt.
+        mine: Of the defence.
+        rival: Of "against"; the same hardening seeds.
+    """
+    found = []
+    for column in (Column(**given) for given in part["columns"]):
+        rows = matrix(mine, column)
+        theirs = matrix({seed: rival[seed] for seed in mine if seed in rival}, column)
+        if not rows or ("against" in part and len(theirs) != len(rows)):
+            return "–"
+        value, spread = mean(rows), interval(rows, column.metric)
+        if "against" in part:
+            times = [[part.get("times", 1.0) * score for score in row] for row in theirs]
+            gap = difference(rows, times, share=not column.metric.endswith("_loss"))
+            value, spread = gap.value, gap.interval(0.95)
+        found.append((value, spread))
+    above = "most" in part
+    value, spread = (max if above else min)(found)
+    limit = part["most"] if above else part["least"]
+    bad, good = (spread.low > limit, spread.high <= limit) if above else (spread.high < limit, spread.low >= limit)
+    return f"{'✓' if good else '✕' if bad else '?'} {shown(value, spread)}"
+
+
+def mean(rows: Rows) -> float:
     """Of all scores."""
     return sum(map(sum, rows)) / sum(map(len, rows))
 
 
-def goods(study: Mapping[str, Any], results: Mapping[int, Sequence[Mapping[str, Any]]]) -> dict[str, float] | None:
+def goods(study: Mapping[str, Any], results: Results) -> dict[str, float] | None:
     """What a defence is good for, by the study's "front": means over columns; None if one was not measured."""
     found = {}
     for name, side in study["front"].items():
@@ -130,6 +173,7 @@ def tables(study: Mapping[str, Any], folder: Path) -> Iterator[str]:
     for name, one in points.items():
         values = " | ".join(f"{value:.2f}" for value in one.values())
         yield f"| {name} | {values} | {'yes' if name in best(points) else ''} |"
+    yield from goal(study, found)
     for table in study["tables"]:
         columns = [Column(**column) for column in table["columns"]]
         yield from ("", f"## {table['title']}", "", table["says"], "")
@@ -139,6 +183,18 @@ def tables(study: Mapping[str, Any], folder: Path) -> Iterator[str]:
             if results:
                 cells = " | ".join(told(results, column) for column in columns)
                 yield f"| {name} ({len(results)}) | {cells} |"
+
+
+def goal(study: Mapping[str, Any], found: Mapping[str, Results]) -> Iterator[str]:
+    """A table of what was to be reached; nothing without a goal."""
+    if parts := study.get("goal"):
+        yield from ("", "## The goal", "", *(f"* {part['head']}: {part['says']}" for part in parts), "")
+        yield "✓ the whole interval is within the limit, ✕ none of it, ? some."
+        yield from ("", f"| defence | {' | '.join(part['head'] for part in parts)} |", "|---|" + "---|" * len(parts))
+        for name, results in found.items():
+            if results:
+                cells = (cell(part, results, found.get(part.get("against", ""), {})) for part in parts)
+                yield f"| {name} | {' | '.join(cells)} |"
 
 
 def measured(study: Mapping[str, Any], folder: Path) -> dict[str, dict[int, list[Any]]]:
@@ -184,8 +240,8 @@ def unknown(study: Mapping[str, Any]) -> Iterable[str]:
     """Attacks that a table shows and no battery lists."""
     files = {HERE / "studies" / part["battery"] for part in study["parts"]}
     listed = {recipe["id"] for one in files for recipe in json.loads(one.read_text(encoding="utf-8"))["recipes"]}
-    shown = [*study["tables"], *study["front"].values()]
-    return {column["attack"] for table in shown for column in table["columns"]} - listed
+    tables = [*study["tables"], *study["front"].values(), *study.get("goal", ())]
+    return {column["attack"] for table in tables for column in table["columns"]} - listed
 
 
 def main() -> None:
