@@ -101,7 +101,7 @@ def interval(rows: Rows, metric: str) -> stats.Interval:
 
 
 def cell(part: Mapping[str, Any], mine: Results, rival: Results) -> str:
-    """How a defence stands to one part of the goal: its worst column, and whether the interval lies within the limit.
+    """How a defence stands to one part of the goal: its worst column, and whether all intervals are within the limit.
 
     Args:
         part: "columns", of which the worst counts, and "most" or "least": its limit. With "against", the name of a
@@ -115,17 +115,21 @@ def cell(part: Mapping[str, Any], mine: Results, rival: Results) -> str:
         theirs = matrix({seed: rival[seed] for seed in mine if seed in rival}, column)
         if not rows or ("against" in part and len(theirs) != len(rows)):
             return "–"
-        value, spread = mean(rows), interval(rows, column.metric)
         if "against" in part:
             times = [[part.get("times", 1.0) * score for score in row] for row in theirs]
             gap = difference(rows, times, share=not column.metric.endswith("_loss"))
-            value, spread = gap.value, gap.interval(0.95)
-        found.append((value, spread))
-    above = "most" in part
-    value, spread = (max if above else min)(found)
-    limit = part["most"] if above else part["least"]
-    bad, good = (spread.low > limit, spread.high <= limit) if above else (spread.high < limit, spread.low >= limit)
-    return f"{'✓' if good else '✕' if bad else '?'} {shown(value, spread)}"
+            found.append((gap.value, gap.interval(0.95)))
+        else:
+            found.append((mean(rows), interval(rows, column.metric)))
+    if "most" in part:
+        worst = max(found)
+        bad = any(spread.low > part["most"] for _, spread in found)
+        good = all(spread.high <= part["most"] for _, spread in found)
+    else:
+        worst = min(found)
+        bad = any(spread.high < part["least"] for _, spread in found)
+        good = all(spread.low >= part["least"] for _, spread in found)
+    return f"{'✓' if good else '✕' if bad else '?'} {shown(*worst)}"
 
 
 def mean(rows: Rows) -> float:
@@ -189,7 +193,7 @@ def goal(study: Mapping[str, Any], found: Mapping[str, Results]) -> Iterator[str
     """A table of what was to be reached; nothing without a goal."""
     if parts := study.get("goal"):
         yield from ("", "## The goal", "", *(f"* {part['head']}: {part['says']}" for part in parts), "")
-        yield "✓ the whole interval is within the limit, ✕ none of it, ? some."
+        yield "✓ every interval is within the limit, ✕ one is wholly beyond it, ? neither; the worst column is shown."
         yield from ("", f"| defence | {' | '.join(part['head'] for part in parts)} |", "|---|" + "---|" * len(parts))
         for name, results in found.items():
             if results:

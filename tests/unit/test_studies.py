@@ -94,8 +94,10 @@ def test_a_goal_is_reached_missed_or_open_by_its_interval(script):
     assert grid.cell(part, found([0] * 96, [0] * 96), {}).startswith("✓ 0.00")
     assert grid.cell(part, found([0] * 96, [1] * 96), {}).startswith("✕ 1.00"), "the worst column counts"
     assert grid.cell(part, found([0] * 8, [0] * 8), {}).startswith("? 0.00"), "eight prompts cannot show it"
+    unsure = [1] * 7 + [0] * 89
+    assert grid.cell(part, found([0] * 96, unsure), {})[0] == "?", "every column has to be within the limit, surely"
     assert grid.cell(part, {0: [{"curves": [curve("a", (9, [0]))]}]}, {}) == "–"
-    least = {**{key: part[key] for key in ("columns",)}, "least": -0.02, "against": "SFT"}
+    least = {"columns": part["columns"], "least": -0.02, "against": "SFT"}
     mine, theirs = found([1] * 96, [0] * 96), found([1] * 96, [1] * 96)
     assert grid.cell(least, mine, theirs).startswith("✕ -1.00")
     assert grid.cell(least, theirs, mine)[0] == "?", "equal on one, better on the other; equal is not sure to 2 points"
