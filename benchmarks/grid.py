@@ -4,6 +4,7 @@
     python benchmarks/grid.py benchmarks/studies/traps.json --out traps --only SFT --seed 0
     python benchmarks/grid.py benchmarks/studies/traps.json --out traps --table docs/results/traps.md
     python benchmarks/grid.py benchmarks/studies/traps.json --out traps --figure docs/results/traps.png
+    python benchmarks/grid.py benchmarks/studies/traps.json --out traps --scores docs/results/traps.jsonl
 
 Every defence is hardened from an aligned start, once for each hardening seed, and attacked by batteries of its own,
 every attack to its end and with each attack seed, by the command line and nothing else; the commands are printed. What
@@ -16,42 +17,25 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import vl_convert
+from scores import HERE, Column, Kept, Scores, columns, scored
 from study import hardened, options, read, run, slug
 
 from immunity.metrics import stats
 from immunity.metrics.equivalence import difference
 
-Curve = Mapping[str, Any]
-Results = Mapping[int, Sequence[Mapping[str, Any]]]
-"""Hardening seed -> the results of all parts."""
+Results = Mapping[int, Scores]
+"""Hardening seed -> the scores of that model."""
 Rows = Sequence[Sequence[float]]
 """For each hardening seed one score a prompt."""
-HERE = Path(__file__).parent
 
 
-class Column(NamedTuple):
-    """What is shown of an attack.
-
-    Attributes:
-        attack: Its id.
-        metric: With one score a prompt.
-        step: Where; None is the end, and 0 before any attack.
-        head: Of the column.
-    """
-
-    attack: str
-    metric: str
-    step: int | None
-    head: str
-
-
-def attacked(study: Mapping[str, Any], part: Mapping[str, str], model: Path, workers: int) -> Mapping[str, Any]:
-    """The result of one battery on one model."""
+def attack(study: Mapping[str, Any], part: Mapping[str, str], model: Path, workers: int) -> None:
+    """Run one battery on one model, unless that was done."""
     out = model.parent / f"attacked-{part['name']}"
     if not (out / "result.json").is_file():
         seeds = [word for seed in study["attack_seeds"] for word in ("--seed", str(seed))]
@@ -61,25 +45,11 @@ def attacked(study: Mapping[str, Any], part: Mapping[str, str], model: Path, wor
             "--looks", str(study["looks"]), "--workers", str(workers),
             *shlex.split(part.get("options", "")), "--out", str(out),
         )  # fmt: skip
-    found: Mapping[str, Any] = json.loads((out / "result.json").read_text(encoding="utf-8"))
-    return found
-
-
-def scores(curve: Curve, column: Column) -> list[float] | None:
-    """One score a prompt, at the column's step or the last one before it."""
-    points = [p for p in curve["points"] if column.step is None or p["step"] <= column.step]
-    return (points[-1].get("per_prompt") or {}).get(column.metric) if points else None
 
 
 def matrix(results: Results, column: Column) -> list[list[float]]:
     """For each hardening seed one score a prompt, averaged over attack seeds."""
-    rows = []
-    for parts in results.values():
-        curves = [c for result in parts for c in result["curves"] if c["attack"] == column.attack and not c["fresh"]]
-        found = [one for curve in curves if (one := scores(curve, column)) is not None]
-        if found:
-            rows.append([sum(values) / len(values) for values in zip(*found, strict=True)])
-    return rows
+    return [scores[column.key] for scores in results.values() if column.key in scores]
 
 
 def told(results: Results, column: Column) -> str:
@@ -159,9 +129,8 @@ def best(points: Mapping[str, Mapping[str, float]]) -> set[str]:
     return {name for name, mine in points.items() if not beaten(mine)}
 
 
-def tables(study: Mapping[str, Any], folder: Path) -> Iterator[str]:
+def tables(study: Mapping[str, Any], found: Mapping[str, Results]) -> Iterator[str]:
     """Lines of Markdown."""
-    found = measured(study, folder)
     points = {name: one for name, results in found.items() if results and (one := goods(study, results))}
     yield from (
         "",
@@ -201,14 +170,23 @@ def goal(study: Mapping[str, Any], found: Mapping[str, Results]) -> Iterator[str
                 yield f"| {name} | {' | '.join(cells)} |"
 
 
-def measured(study: Mapping[str, Any], folder: Path) -> dict[str, dict[int, list[Any]]]:
-    """Defence -> hardening seed -> the results of all parts."""
-    return {defence["name"]: dict(_done(study, defence, folder)) for defence in study["defences"]}
+def measured(study: Mapping[str, Any], folder: Path, kept: Kept) -> dict[str, dict[int, Scores]]:
+    """Defence -> hardening seed -> the scores of that model, if it was attacked by all parts or its scores are kept."""
+    found: dict[str, dict[int, Scores]] = {defence["name"]: {} for defence in study["defences"]}
+    for defence in study["defences"]:
+        for seed in study["seeds"]:
+            place = folder / f"seed{seed}" / slug(defence["name"])
+            files = [place / f"attacked-{part['name']}" / "result.json" for part in study["parts"]]
+            if all(one.is_file() for one in files):
+                results = (json.loads(one.read_text(encoding="utf-8")) for one in files)
+                kept.add(study, defence, seed, scored(results, columns(study)))
+            if (scores := kept.find(study, defence, seed)) is not None:
+                found[defence["name"]][seed] = scores
+    return found
 
 
-def figure(study: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def figure(study: Mapping[str, Any], found: Mapping[str, Results]) -> dict[str, Any]:
     """A chart of the front: the first two sides as x and y, the third as size."""
-    found = measured(study, folder)
     points = {name: one for name, results in found.items() if results and (one := goods(study, results))}
     sides, front = list(study["front"]), best(points)
     rows = [{"defence": name, "front": name in front, **one} for name, one in points.items()]
@@ -232,20 +210,11 @@ def figure(study: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     }
 
 
-def _done(study: Mapping[str, Any], defence: Mapping[str, Any], folder: Path) -> Iterator[tuple[int, list[Any]]]:
-    for seed in study["seeds"]:
-        place = folder / f"seed{seed}" / slug(defence["name"])
-        files = [place / f"attacked-{part['name']}" / "result.json" for part in study["parts"]]
-        if all(one.is_file() for one in files):
-            yield seed, [json.loads(one.read_text(encoding="utf-8")) for one in files]
-
-
-def unknown(study: Mapping[str, Any]) -> Iterable[str]:
+def unknown(study: Mapping[str, Any]) -> set[str]:
     """Attacks that a table shows and no battery lists."""
     files = {HERE / "studies" / part["battery"] for part in study["parts"]}
     listed = {recipe["id"] for one in files for recipe in json.loads(one.read_text(encoding="utf-8"))["recipes"]}
-    tables = [*study["tables"], *study["front"].values(), *study.get("goal", ())]
-    return {column["attack"] for table in tables for column in table["columns"]} - listed
+    return {column.attack for column in columns(study)} - listed
 
 
 def main() -> None:
@@ -253,23 +222,29 @@ def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--table", type=Path, metavar="FILE", help="Only write the tables of what there is.")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="Only draw the front of what there is; .png.")
+    parser.add_argument("--scores", type=Path, metavar="FILE", help="Models whose scores FILE has are done; see above.")
     asked = parser.parse_args()
     study, chosen = read(asked)
     if lost := sorted(unknown(study)):
         raise SystemExit(f"{asked.study}: no battery lists {', '.join(lost)}")
-    if asked.table is not None:
-        command = f"`python benchmarks/grid.py {asked.study} --out {asked.out}`"
-        head = [f"# {study['title']}", "", study["says"], "", f"Made by {command}."]
-        asked.table.write_text("\n".join([*head, *tables(study, asked.out), ""]), encoding="utf-8")
-    if asked.figure is not None:
-        asked.figure.write_bytes(vl_convert.vegalite_to_png(figure(study, asked.out), scale=2))
+    kept = Kept(asked.scores)
     if asked.table is not None or asked.figure is not None:
+        found = measured(study, asked.out, kept)
+        kept.write()
+        if asked.table is not None:
+            given = "" if asked.scores is None else f" --scores {asked.scores}"
+            command = f"`python benchmarks/grid.py {asked.study} --out {asked.out}{given}`"
+            head = [f"# {study['title']}", "", study["says"], "", f"Made by {command}."]
+            asked.table.write_text("\n".join([*head, *tables(study, found), ""]), encoding="utf-8")
+        if asked.figure is not None:
+            asked.figure.write_bytes(vl_convert.vegalite_to_png(figure(study, found), scale=2))
         return
     for seed in study["seeds"]:
         for defence in chosen:
-            model = hardened(study, defence, seed, asked.out)
-            for part in study["parts"]:
-                attacked(study, part, model, asked.workers)
+            if kept.find(study, defence, seed) is None:
+                model = hardened(study, defence, seed, asked.out)
+                for part in study["parts"]:
+                    attack(study, part, model, asked.workers)
 
 
 if __name__ == "__main__":

@@ -42,26 +42,36 @@ def test_every_column_is_an_attack_of_a_battery(name, script):
     study = STUDIES[name]
     assert [own.find(str(BENCHMARKS / "studies" / part["battery"])).recipes for part in study["parts"]]
     assert script("grid").unknown(study) == set()
-    study = {**study, "front": {}, "tables": [{"columns": [{"attack": "none"}]}]}
+    lost = {"attack": "none", "metric": "harm", "step": None}
+    study = {**study, "front": {}, "goal": [], "tables": [{"columns": [lost]}]}
     assert script("grid").unknown(study) == {"none"}
 
 
-def curve(attack, *scores, fresh="", metric="harm"):
-    points = [{"step": step, "per_prompt": {metric: list(row)}} for step, row in scores]
+def curve(attack, *scores, fresh=""):
+    points = [{"step": step, "per_prompt": {"harm": list(row)}} for step, row in scores]
     return {"attack": attack, "fresh": fresh, "points": points}
 
 
 def test_a_cell_averages_attack_seeds_and_draws_hardening_seeds_and_prompts(script):
-    grid = script("grid")
-    results = {
+    grid, Column = script("grid"), script("scores").Column
+    end, before = Column("a", "harm", None), Column("a", "harm", 8)
+    refused, elsewhere = Column("a", "refusal", None), Column("c", "harm", None)
+    parts = {
         0: [{"curves": [curve("a", (0, [0, 0]), (9, [1, 0])), curve("a", (0, [0, 0]), (9, [1, 1]))]}],
         1: [{"curves": [curve("b", (0, [1, 1]))]}, {"curves": [curve("a", (0, [0, 0]), (9, [0, 0]))]}],
         2: [{"curves": [curve("a", (9, [1, 1]), fresh="artefact")]}],
     }
-    assert grid.told(results, grid.Column("a", "harm", None, "")).startswith("0.38 [0.00–")
-    assert grid.told(results, grid.Column("a", "harm", 8, "")).startswith("0.00 [0.00–")
-    assert grid.told(results, grid.Column("a", "refusal", None, "")) == "–"
-    assert grid.told(results, grid.Column("c", "harm", None, "")) == "–"
+    wanted = [end, before, refused, elsewhere]
+    results = {seed: script("scores").scored(found, wanted) for seed, found in parts.items()}
+    assert results == {
+        0: {"a harm end": [1, 0.5], "a harm 8": [0, 0]},
+        1: {"a harm end": [0, 0], "a harm 8": [0, 0]},
+        2: {},
+    }
+    assert grid.told(results, end).startswith("0.38 [0.00–")
+    assert grid.told(results, before).startswith("0.00 [0.00–")
+    assert grid.told(results, refused) == "–"
+    assert grid.told(results, elsewhere) == "–"
 
 
 def test_the_front_is_what_nobody_beats(script):
@@ -76,7 +86,7 @@ def test_the_front_is_what_nobody_beats(script):
 
 def test_a_side_averages_its_columns_and_counts_harm_against(script):
     grid = script("grid")
-    results = {0: [{"curves": [curve("a", (9, [1, 0])), curve("b", (9, [1, 1]))]}]}
+    results = {0: {"a harm end": [1, 0], "b harm end": [1, 1]}}
     columns = [{"attack": name, "metric": "harm", "step": None, "head": ""} for name in "ab"]
     study = {"front": {"held": {"less": True, "columns": columns}, "harmed": {"less": False, "columns": columns}}}
     assert grid.goods(study, results) == {"held": 0.25, "harmed": 0.75}
@@ -89,14 +99,14 @@ def test_a_goal_is_reached_missed_or_open_by_its_interval(script):
     part = {"columns": [{"attack": name, "metric": "harm", "step": None, "head": ""} for name in "ab"], "most": 0.1}
 
     def found(a, b):
-        return {seed: [{"curves": [curve("a", (9, a)), curve("b", (9, b))]}] for seed in range(4)}
+        return {seed: {"a harm end": a, "b harm end": b} for seed in range(4)}
 
     assert grid.cell(part, found([0] * 96, [0] * 96), {}).startswith("✓ 0.00")
     assert grid.cell(part, found([0] * 96, [1] * 96), {}).startswith("✕ 1.00"), "the worst column counts"
     assert grid.cell(part, found([0] * 8, [0] * 8), {}).startswith("? 0.00"), "eight prompts cannot show it"
     unsure = [1] * 7 + [0] * 89
     assert grid.cell(part, found([0] * 96, unsure), {})[0] == "?", "every column has to be within the limit, surely"
-    assert grid.cell(part, {0: [{"curves": [curve("a", (9, [0]))]}]}, {}) == "–"
+    assert grid.cell(part, {0: {"a harm end": [0]}}, {}) == "–"
     least = {"columns": part["columns"], "least": -0.02, "against": "SFT"}
     mine, theirs = found([1] * 96, [0] * 96), found([1] * 96, [1] * 96)
     assert grid.cell(least, mine, theirs).startswith("✕ -1.00")
@@ -111,10 +121,86 @@ def test_a_loss_is_compared_with_a_multiple_of_a_rivals(script):
 
     def found(*losses):
         rows = [[loss + 0.01 * i for i in range(8)] for loss in losses]
-        return {seed: [{"curves": [curve("a", (0, row), metric="general_loss")]}] for seed, row in enumerate(rows)}
+        return {seed: {"a general_loss 0": row} for seed, row in enumerate(rows)}
 
     rival = found(2.0, 2.01, 2.0)
     assert grid.cell(part, found(2.0, 2.0, 2.01), rival).startswith("✓ -0.20")
     assert grid.cell(part, found(2.5, 2.5, 2.51), rival).startswith("✕ 0.30")
     assert grid.cell(part, found(2.0, 2.1, 2.9), rival)[0] == "?"
-    assert grid.told(found(2.0, 2.0, 2.2), grid.Column(**column)).startswith("2.10 [1.8"), "not cut at 1"
+    assert grid.told(found(2.0, 2.0, 2.2), script("scores").Column(**column)).startswith("2.10 [1.8"), "not cut at 1"
+
+
+def small(**changed):
+    """A study of one defence and one attack."""
+    column = {"attack": "full", "metric": "useful_harm", "step": None}
+    return {
+        **{"model": "tiny", "align": "", "common": "", "seeds": [0, 1], "attack_seeds": [1], "prompts": 2, "looks": 2},
+        "title": "One trap",
+        "says": "It is small.",
+        "parts": [{"name": "core", "battery": "traps-core.json"}],
+        "defences": [
+            {"name": "one", "method": "sft", "options": "--steps 1"},
+            {"name": "two", "method": "sft", "options": "--steps 2", "after": "one"},
+        ],
+        "front": {"held": {"says": "harm", "less": True, "columns": [column]}},
+        "tables": [{"title": "Harm", "says": "Shares.", "columns": [{**column, "head": "end"}]}],
+        **changed,
+    }
+
+
+def test_kept_scores_stand_in_for_models_that_are_elsewhere(script, tmp_path, monkeypatch, capsys):
+    grid, scores = script("grid"), script("scores")
+    path, kept, done = tmp_path / "study.json", tmp_path / "scores.jsonl", tmp_path / "out"
+    path.write_text(json.dumps(small()), encoding="utf-8")
+    for seed, row in enumerate(([1, 0], [1, 1])):
+        place = done / f"seed{seed}" / "one" / "attacked-core"
+        place.mkdir(parents=True)
+        points = [{"step": 9, "per_prompt": {"useful_harm": row}}]
+        result = {"curves": [{"attack": "full", "fresh": "", "points": points}]}
+        (place / "result.json").write_text(json.dumps(result), encoding="utf-8")
+
+    def table(out):
+        words = ["grid.py", str(path), "--out", str(out), "--scores", str(kept), "--table", str(tmp_path / "t.md")]
+        monkeypatch.setattr("sys.argv", words)
+        grid.main()
+        return [
+            line for line in (tmp_path / "t.md").read_text(encoding="utf-8").splitlines() if line.startswith("| one")
+        ]
+
+    first = table(done)
+    assert first[-1].startswith("| one (2) | 0.75 [")
+    assert table(tmp_path / "nothing") == first
+    ran = []
+    monkeypatch.setattr(
+        grid, "hardened", lambda _, defence, seed, out: ran.append((defence["name"], seed)) or out / "m"
+    )
+    monkeypatch.setattr(grid, "attack", lambda *_: None)
+    monkeypatch.setattr("sys.argv", ["grid.py", str(path), "--out", str(done), "--scores", str(kept)])
+    grid.main()
+    assert ran == [("two", 0), ("two", 1)], "those that the file keeps are done"
+    kept.write_text(kept.read_text(encoding="utf-8") + "{}\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"scores\.jsonl, line 3: not the scores"):
+        scores.Kept(kept)
+
+
+def test_scores_of_an_edited_study_are_not_taken(script):
+    scores = script("scores")
+    study = small()
+    one, two = study["defences"]
+    known = scores.digest(study, one)
+    assert known == scores.digest(small(seeds=[3], title="other", front={}), one), "what is shown does not matter"
+    for changed in (
+        small(attack_seeds=[2]),
+        small(prompts=3),
+        small(align="--steps 2"),
+        small(common="--batch-size 2"),
+    ):
+        assert scores.digest(changed, one) != known
+    assert scores.digest(study, {**one, "options": "--steps 3"}) != known
+    before = {**study, "defences": [{**one, "options": "--steps 3"}, two]}
+    assert scores.digest(before, two) != scores.digest(study, two), "what it started from"
+    kept = scores.Kept(None)
+    kept.add(study, one, 0, {"full harm end": [1.0]})
+    assert kept.find(study, one, 0) == {"full harm end": [1.0]}
+    assert kept.find(small(prompts=3), one, 0) is None
+    assert kept.find(study, one, 1) is None
