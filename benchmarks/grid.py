@@ -186,26 +186,60 @@ def measured(study: Mapping[str, Any], folder: Path, kept: Kept) -> dict[str, di
 
 
 def figure(study: Mapping[str, Any], found: Mapping[str, Results]) -> dict[str, Any]:
-    """A chart of the front: the first two sides as x and y, the third as size."""
-    points = {name: one for name, results in found.items() if results and (one := goods(study, results))}
-    sides, front = list(study["front"]), best(points)
-    rows = [{"defence": name, "front": name in front, **one} for name, one in points.items()]
-    axes = {
-        side: {"field": sides[i], "type": "quantitative", "scale": {"domain": [0, 1.02]}} for i, side in enumerate("xy")
-    }
-    shown = {"field": "front", "type": "nominal", "scale": {"range": ["#9a9a9a", "#1f5fa8"]}, "legend": None}
-    size = {"field": sides[2], "type": "quantitative", "scale": {"domain": [0, 1], "range": [8, 220]}}
-    text = {"mark": {"type": "text", "dy": -11, "fontSize": 10}, "encoding": {**axes, "text": {"field": "defence"}}}
+    """A chart of mean rates: a line for each defence, a panel for each table with a "drawn", a cell for each column."""
+    known = {name: results for name, results in found.items() if results}
+    lines: dict[int, list[dict[str, Any]]] = {}
+    for table in study["tables"]:
+        if "drawn" in table:
+            line = lines.setdefault(table["drawn"]["line"], [])
+            line.append(panel(table, known, first=not line))
+    shared = {"resolve": {"scale": {"color": "independent"}}}
     return {
         "$schema": "https://vega.github.io/schema/vega-lite/v5.json",
         "title": {"text": study["title"], "anchor": "start"},
         "background": "white",
-        "width": 620,
-        "height": 420,
-        "data": {"values": rows},
+        "vconcat": [{"hconcat": line, "spacing": 8, **shared} for _, line in sorted(lines.items())],
+        "config": {"view": {"stroke": None}, "axis": {"ticks": False, "domain": False}},
+    }
+
+
+def panel(table: Mapping[str, Any], found: Mapping[str, Results], *, first: bool) -> dict[str, Any]:
+    """One panel of the chart; the first has the names of the defences."""
+    shown = [one for one in (Column(**given) for given in table["columns"]) if not one.metric.endswith("_loss")]
+    cells = []
+    for place, column in enumerate(shown):
+        for name, results in found.items():
+            if rows := matrix(results, column):
+                cells.append({"defence": name, "place": place, "value": mean(rows)})
+    heads = json.dumps([column.head for column in shown], ensure_ascii=False)
+    x = {
+        "field": "place",
+        "type": "ordinal",
+        "axis": {
+            "orient": "top",
+            "labelAngle": -50,
+            "labelExpr": f"{heads}[datum.value]",
+            "title": None,
+            "minExtent": 84,
+        },
+    }
+    y = {"field": "defence", "type": "nominal", "sort": None, "title": None}
+    y |= {"axis": {"labelLimit": 320} if first else None}
+    scale = {"scheme": table["drawn"]["scheme"], "domain": [0, 1]}
+    dark = {"condition": {"test": "datum.value > 0.6", "value": "white"}, "value": "#222"}
+    text = {"field": "value", "type": "quantitative", "format": ".2f"}
+    return {
+        "title": {"text": table["drawn"]["title"], "fontSize": 11, "anchor": "start"},
+        "width": {"step": 29},
+        "height": {"step": 20},
+        "data": {"values": cells},
+        "encoding": {"x": x, "y": y},
         "layer": [
-            {"mark": {"type": "point", "filled": True}, "encoding": {**axes, "color": shown, "size": size}},
-            text,
+            {
+                "mark": "rect",
+                "encoding": {"color": {"field": "value", "type": "quantitative", "scale": scale, "legend": None}},
+            },
+            {"mark": {"type": "text", "fontSize": 9}, "encoding": {"text": text, "color": dark}},
         ],
     }
 
@@ -221,7 +255,7 @@ def main() -> None:
     """Do what is not done, and write the tables."""
     parser = options(__doc__)
     parser.add_argument("--table", type=Path, metavar="FILE", help="Only write the tables of what there is.")
-    parser.add_argument("--figure", type=Path, metavar="FILE", help="Only draw the front of what there is; .png.")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="Only draw what there is; .png.")
     parser.add_argument("--scores", type=Path, metavar="FILE", help="Models whose scores FILE has are done; see above.")
     asked = parser.parse_args()
     study, chosen = read(asked)

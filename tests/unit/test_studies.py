@@ -204,3 +204,18 @@ def test_scores_of_an_edited_study_are_not_taken(script):
     assert kept.find(study, one, 0) == {"full harm end": [1.0]}
     assert kept.find(small(prompts=3), one, 0) is None
     assert kept.find(study, one, 1) is None
+
+
+def test_the_picture_has_a_cell_for_each_defence_and_rate(script):
+    grid = script("grid")
+    rate, nats = (
+        {"attack": "full", "metric": metric, "step": 0, "head": metric} for metric in ("harm", "general_loss")
+    )
+    drawn = {"line": 0, "title": "before", "scheme": "reds"}
+    tables = [{"drawn": drawn, "columns": [nats, rate]}, {"columns": [rate]}, {"drawn": drawn, "columns": [rate]}]
+    found = {"one": {0: {"full harm 0": [1, 0]}, 1: {"full harm 0": [0, 0]}}, "two": {}}
+    (line,) = grid.figure(small(tables=tables), found)["vconcat"]
+    first, second = line["hconcat"]
+    assert first["data"]["values"] == [{"defence": "one", "place": 0, "value": 0.25}], "no losses, nobody unmeasured"
+    assert first["encoding"]["x"]["axis"]["labelExpr"] == '["harm"][datum.value]'
+    assert (first["encoding"]["y"]["axis"], second["encoding"]["y"]["axis"]) == ({"labelLimit": 320}, None)
