@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import shlex
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +16,7 @@ from immunity.methods import PRESETS
 from immunity.spec import build, pairs
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+RESULTS = BENCHMARKS.parent / "docs" / "results"
 FILES = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (BENCHMARKS / "studies").glob("*.json")}
 STUDIES = {name: found for name, found in FILES.items() if "defences" in found}
 
@@ -219,3 +221,18 @@ def test_the_picture_has_a_cell_for_each_defence_and_rate(script):
     assert first["data"]["values"] == [{"defence": "one", "place": 0, "value": 0.25}], "no losses, nobody unmeasured"
     assert first["encoding"]["x"]["axis"]["labelExpr"] == '["harm"][datum.value]'
     assert (first["encoding"]["y"]["axis"], second["encoding"]["y"]["axis"]) == ({"labelLimit": 320}, None)
+
+
+@pytest.mark.parametrize("name", [path.stem for path in RESULTS.glob("*.jsonl")])
+def test_a_published_table_is_what_the_published_scores_give(name, script, tmp_path, monkeypatch):
+    grid, kept, drawn = script("grid"), tmp_path / "scores.jsonl", tmp_path / "table.md"
+    kept.write_bytes((RESULTS / f"{name}.jsonl").read_bytes())
+    study = str(BENCHMARKS / "studies" / f"{name}.json")
+    words = ["grid.py", study, "--out", str(tmp_path / "nothing"), "--scores", str(kept), "--table", str(drawn)]
+    monkeypatch.setattr("sys.argv", words)
+    grid.main()
+    ours, theirs = (path.read_text(encoding="utf-8").split("\n## ", 1)[1] for path in (drawn, RESULTS / f"{name}.md"))
+    number = re.compile(r"-?\d+\.\d+")
+    assert number.sub("#", ours) == number.sub("#", theirs)
+    numbers = [[float(one) for one in number.findall(text)] for text in (ours, theirs)]
+    assert numbers[0] == pytest.approx(numbers[1], abs=0.011), "a hundredth for another machine's rounding"
