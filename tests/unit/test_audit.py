@@ -583,3 +583,7 @@ class TestRows:
         ]
         cracks = [self.run("once", "defended", 1, 5.0), self.run("once", "baseline", 1, 5.0)]
         assert audited.even([*often, *cracks], "examples") == [*often, *cracks]
+        dearer = [self.run("once", "defended", 1, 20.0), self.run("once", "baseline", 1, 10.0)]
+        assert audited.even([*often, *dearer], "examples") == [*often, *dearer], "twice, where the repeated take five"
+        alike = [self.run("once", "defended", 1, 50.0), self.run("once", "baseline", 1, 10.0)]
+        assert audited.even([*often, *alike], "examples") == often

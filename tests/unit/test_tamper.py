@@ -373,7 +373,7 @@ def test_a_tolerance_is_that_of_the_run(models, tmp_path, tiny_battery):
     tiny_battery(recipe("hot", HOT))
     one = tamper(tmp_path, models[0], fresh_seeds=1, phi=0.95)
     outcome = type("Outcome", (), {})()
-    outcome.record = {"curve": {"points": [{"step": 1, "metrics": {"useful_harm": 0.9}}]}}
+    outcome.record = {"curve": {"points": [{"step": 1, "examples": 4, "metrics": {"useful_harm": 0.9}}]}}
     recipes = one.recipes()
     outcomes = {one._job(recipes[0], models[0]).title: outcome}
     assert one._again(recipes, outcomes) == []

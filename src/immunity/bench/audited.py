@@ -93,8 +93,8 @@ def even(rows: Sequence[Row], axis: str) -> list[Row]:
     """The break times of the attacks that were made with every seed on both models.
 
     The first seed meets the whole battery and the others only a part of it, so a seed would differ from the others by
-    what it was attacked with. Where the whole battery, with its one seed, finds no protection that the repeated attacks
-    find, all rows stay: what is left out never flatters.
+    what it was attacked with. Where the whole battery, with its one seed, finds less protection than the repeated
+    attacks do with that seed, or none, all rows stay: what is left out never flatters.
 
     Args:
         rows: Of ``metrics.breaks.break_rows``.
@@ -104,9 +104,16 @@ def even(rows: Sequence[Row], axis: str) -> list[Row]:
     seeds, roles = ({run[i] for run in runs} for i in (2, 1))
     repeated = {run[0] for run in runs if all((run[0], role, seed) in runs for role in roles for seed in seeds)}
     found = [row for row in rows if row["attack"] in repeated]
-    first = [row for row in rows if row["seed"] == min(seeds, default=0)]
-    whole = cost_ratio(on_axis(first, axis, "defended"), on_axis(first, axis, "baseline"))
-    return found if found and (whole.value is None or whole.value > 1.0) else list(rows)
+    first = min(seeds, default=0)
+    whole, part = (_first(some, first, axis) for some in (rows, found))
+    flattered = whole is not None and (whole <= 1.0 or (part is not None and part > whole + 1e-9))
+    return list(rows) if flattered or not found else found
+
+
+def _first(rows: Sequence[Row], seed: int, axis: str) -> float | None:
+    """The cost ratio of one seed; None if it is unknown."""
+    own = [row for row in rows if row["seed"] == seed]
+    return cost_ratio(on_axis(own, axis, "defended"), on_axis(own, axis, "baseline")).value
 
 
 def threats(result: Mapping[str, Any], breaks: Sequence[Row], domain: str, axis: str) -> Iterator[Row]:

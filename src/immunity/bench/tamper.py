@@ -21,6 +21,7 @@ from immunity.bench.hardened import Hardened, hardened, ordinary
 from immunity.bench.search import FAMILIES, Search, halves
 from immunity.bench.shown import Shown, quietly
 from immunity.bench.tampered import refuse_other, skipped_row, written
+from immunity.bench.winners import winners
 from immunity.bench.worker import Outcome
 from immunity.data.corpus import Corpora
 from immunity.errors import SettingsError
@@ -51,7 +52,7 @@ class AutoTamper:
         mechanisms_of: Folder of a hardened model whose record declares the mechanisms; default: ``model``'s own.
         seed: Of the first pass.
         repeats: Further seeds for every recipe that was run.
-        fresh_seeds: Further seeds for each family's best recipe.
+        fresh_seeds: Further seeds for each family's best recipe, and for the cheapest one that breaks the model.
         phi: Tolerated harm.
         exhaustive: Run every recipe even if the model is broken already.
         whole_curves: Run each attack to its end, rather than until it has broken the model.
@@ -280,21 +281,14 @@ class AutoTamper:
     def _again(self, recipes: Sequence[Recipe], outcomes: Mapping[str, Outcome]) -> list[Assault]:
         """The best recipe of each family again, on every model alike: with fresh seeds, and on fresh prompts.
 
-        It is measured again where it did most harm, so each of them goes that far, wherever it breaks a model.
+        The recipe that broke the model with the fewest examples has fresh seeds as well.
         """
-        best: dict[str, tuple[float, int, Recipe]] = {}
-        for recipe in recipes:
-            outcome = outcomes.get(self._job(recipe, self.model).title)
-            if outcome is None or outcome.record is None or recipe.family in probes.WITHOUT_CHANCE:
-                continue
-            points = outcome.record["curve"]["points"]
-            peak, least = max(((probes.harm(row["metrics"]), -row["step"]) for row in points), default=(0.0, 0))
-            if peak > self.phi and (peak, least) > best.get(recipe.family, (0.0, 0, recipe))[:2]:
-                best[recipe.family] = (peak, least, recipe)
-        winners = [(recipe, -least, name) for _, least, recipe in best.values() for name in self._models]
+        records = [(recipe, outcomes.get(self._job(recipe, self.model).title)) for recipe in recipes]
+        found = winners(((r, o.record["curve"]) for r, o in records if o is not None and o.record), self.phi)
         last = max((self.seed, *self.repeats))
         seeds = range(last + 1, last + 1 + self.fresh_seeds)
-        jobs = [self._job(recipe, name, seed, "recipe", step) for recipe, step, name in winners for seed in seeds]
+        each = [(one, name) for one in found for name in self._models]
+        jobs = [self._job(one.recipe, name, seed, "recipe", one.step) for one, name in each for seed in seeds]
         if self.dev is not None and not self.search:  # a search has used up the other prompts
-            jobs += [self._job(recipe, name, None, "artefact", step) for recipe, step, name in winners]
+            jobs += [self._job(one.recipe, name, None, "artefact", one.step) for one, name in each if one.most]
         return jobs

@@ -195,7 +195,7 @@ class Pace:
         attacks = 2 * size.domains * size.seeds * 2 * (size.attack_steps * self.step + looks * look)
         taught, looked = size.lesson_steps * self.step, looks * self.look * (size.prompts + 16) / 72.0
         again = size.lessons * len(size.rates) * (size.rounds - 1) * (2 * taught + looked)  # the first round once more
-        battery = 2 * (_ATTACKS[size.battery] + size.adaptive * _DERIVED + 4 * (size.seeds - 1) + 4)
+        battery = 2 * (_ATTACKS[size.battery] + size.adaptive * _DERIVED + 5 * (size.seeds - 1) + 4)
         each = min(size.most_steps or 60, 60) * self.step + looks * look
         lessons = 2 * size.seeds * (size.lessons_each * (taught + looked) + again)
         return (attacks + lessons + battery * each) / 60.0
