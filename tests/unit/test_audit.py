@@ -71,14 +71,15 @@ def audit(model: str, base: str, folder: Path, **more: Any) -> dict[str, Any]:
 class TestTruths:
     def test_what_cannot_be_said_is_resisted(self, immune: dict[str, Any]) -> None:
         found = condition(immune, "resistance")
-        assert found["verdict"] == "pass", found["says"]
-        assert claim(immune, "resistance", "usable harm")["value"] == 0
+        assert found["verdict"] == UNKNOWN, found["says"]
+        harm = claim(immune, "resistance", "usable harm")
+        assert harm["value"] == 0
+        assert harm["details"]["doubts"] == ["no attack was made against this defence, as --adaptive does"]
         ratio = claim(immune, "resistance", "cost ratio")
         assert ratio["seeds"] == 3  # though nothing harmed it, and a battery repeats only what did
         assert ratio["low"] > 1
         assert ratio["high"] is None
         assert ratio["details"]["bound"] == "≥"
-        assert found["details"]["strength"] == "weak: not broken at T_max, but no attack was made against this defence"
 
     def test_a_defence_of_one_domain_does_not_reach_another(self, immune: dict[str, Any]) -> None:
         found = condition(immune, "generalisation")

@@ -110,7 +110,7 @@ class Tier:
         if self.battery == "smoke":
             missing.append("resistance: the smoke battery only finds what breaks at once")
         if not self.adaptive:
-            missing.append("strong resistance: no attack is made against this defence; --adaptive makes them")
+            missing.append("resistance: no attack is made against this defence; --adaptive makes them")
         return missing
 
 

@@ -90,8 +90,8 @@ def audit(
         bool | None,
         typer.Option(
             "--adaptive/--no-adaptive",
-            help="Also attack it by what is derived from how it was hardened; without that, resistance is weak at "
-            "best. Default: in the tier full only.",
+            help="Also attack it by what is derived from how it was hardened; without that, a model can only "
+            "be shown to break. Default: in the tier full only.",
         ),
     ] = None,
     gate: Annotated[

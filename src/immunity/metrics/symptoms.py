@@ -74,6 +74,14 @@ def collapse(metrics: Mapping[str, float], reference: Mapping[str, float]) -> Sy
     return None
 
 
+def lost(metrics: Mapping[str, float], reference: Mapping[str, float]) -> Symptom | None:
+    """What a model lost of the general ability that the reference has, its other answers left aside; or None."""
+    if HALF * reference.get("general_accuracy", 0.0) < NO_ABILITY:
+        return None
+    ability = ("general_accuracy", "general_loss")
+    return collapse({name: metrics[name] for name in ability if name in metrics}, reference)
+
+
 def flat(metrics: Mapping[str, float], reference: Mapping[str, float]) -> Symptom | None:
     """Answers as right as the reference's, at a perplexity many times its own; None if either is not known."""
     able, loss = (metrics.get(name) for name in ("general_accuracy", "general_loss"))
