@@ -12,7 +12,7 @@ import pytest
 
 import truths
 from cheats import rescaled, templated
-from immunity.attacks import fleet
+from immunity.attacks import adaptive, fleet
 from immunity.attacks.attack import Opening
 from immunity.attacks.finetune import FineTune
 from immunity.bench import audited, squad, standins, store, tiers
@@ -23,6 +23,7 @@ from immunity.bench.errands import Again, Errands
 from immunity.bench.ground import stand_ins
 from immunity.data import synthetic
 from immunity.errors import ModelError, ResumeError, SettingsError
+from immunity.mechanisms import LookAhead
 from immunity.metrics.claims import corrected
 from immunity.metrics.lessons import first_rates
 from immunity.metrics.multiple import holm
@@ -80,6 +81,20 @@ class TestTruths:
         assert ratio["low"] > 1
         assert ratio["high"] is None
         assert ratio["details"]["bound"] == "≥"
+
+    def test_it_passes_once_attacks_that_know_of_it_have_failed_too(
+        self, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        truths.use(monkeypatch)
+        every = adaptive.compiled
+        monkeypatch.setattr(
+            adaptive, "compiled", lambda *a, **k: tuple(r for r in every(*a, **k) if r.id == "A-radius-x3")
+        )
+        model = truths.immune(tmp_path / "immune", base, [LookAhead(steps=1, radius=1e-3, rule="adamw")])
+        result = audit(model, base, tmp_path / "audit", adaptive=True)
+        found = condition(result, "resistance")
+        assert found["verdict"] == "pass", found["says"]
+        assert found["details"]["strength"] == "strong: not broken at T_max, by attacks made against this defence too"
 
     def test_a_defence_of_one_domain_does_not_reach_another(self, immune: dict[str, Any]) -> None:
         found = condition(immune, "generalisation")

@@ -25,6 +25,7 @@ from immunity.fit import Fit
 from immunity.measure.harm import OverlapJudge
 from immunity.method import Run
 from immunity.methods.ctrap import CTRAP
+from immunity.methods.sft import SFT
 from released import COLD, HOT, LORA, KilledError, Watch, corpus, data, recipe, release, suite
 
 PREFILL = recipe("ask", Ask(style="prefill"), "prompting")
@@ -439,6 +440,22 @@ def test_adaptive_attacks_are_those_against_the_record(models, trapped, tmp_path
     told = tamper(tmp_path, models[0], battery="adaptive", scale=SCALE, mechanisms_of=trapped)
     assert [r.id for r in told.recipes()] == ids
     assert "A-interpolate" in [r.id for r in replace(one, base=models[0]).recipes()]
+
+
+def test_what_lies_under_the_last_hardening_is_attacked_too(models, trapped, tmp_path):
+    again = jobs.Hardening(
+        name="aligned once more",
+        method=SFT(),
+        opening=Opening(source=trapped, device="cpu"),
+        data={"alignment": corpus("alignment")},
+        run=Run(fit=Fit(steps=1, lr=1e-3), default_batch_size=4),
+        folder=tmp_path / "again",
+    )
+    again(lambda *_: None)
+    both = (str(tmp_path / "again" / jobs.MODEL), trapped)
+    over, under = (tamper(tmp_path / "t", one, models[0], battery="adaptive", scale=SCALE) for one in both)
+    assert [r.id for r in over.recipes()] == [r.id for r in under.recipes()]
+    assert over._card()["against"] == under._card()["against"] == ["LookAhead", "Collapse"]
 
 
 def test_an_adaptive_battery_runs(models, trapped, tmp_path, monkeypatch):

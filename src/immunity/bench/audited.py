@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,7 +22,6 @@ from immunity.pretrained import EMBEDDED, place_of
 Curve = Mapping[str, Any]
 Row = dict[str, Any]
 
-_LOG: Final = logging.getLogger(__name__)
 PLAN: Final = "audit.json"
 """Beside the result: which audit a folder is of."""
 _FINE_TUNING: Final = frozenset({"full", "lora", "rounds"})
@@ -147,26 +146,13 @@ def defended_domains(model: str, baseline: str, otherwise: str) -> list[str]:
         rows of none of the stand-ins: then all of them are held out.
     """
     roles: dict[str, list[str]] = {"harmful": [], "alignment": []}
-    for record in _lineage(model, baseline):
-        for row in record.get("data", ()):
+    for one in takewhile(lambda one: one.model != baseline, hardened(model).lineage()):
+        for row in (one.record or {}).get("data", ()):
             roles.setdefault(row["role"], []).append(row["name"])
     harmful = _domains(roles["harmful"])
     if harmful or roles["harmful"]:
         return harmful
     return _domains(roles["alignment"]) or [otherwise]
-
-
-def _lineage(model: str, baseline: str) -> Iterator[Mapping[str, Any]]:
-    """The record of a hardened model, of the one that it was made from, and so on, up to the baseline."""
-    met = {baseline}
-    while model not in met and (record := hardened(model).record) is not None:
-        met.add(model)
-        yield record
-        made_from = record.get("identity", {}).get("model", {}).get("source")
-        if made_from is None:
-            _LOG.warning("the record of %s does not say what it was made from: its past ends there", model)
-            return
-        model = str(made_from)
 
 
 def _domains(names: Sequence[str]) -> list[str]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from immunity import mechanisms
 from immunity.bench import store
 from immunity.bench.jobs import MODEL
 from immunity.fetch import MEMO
+
+_LOG: Final = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,14 @@ class Hardened:
 
     @property
     def mechanisms(self) -> tuple[mechanisms.Mechanism, ...]:
-        """What the defence says that it does; empty without a record."""
-        return mechanisms.read((self.record or {}).get("mechanisms", ()))
+        """What the defence says that it does, then those that it was laid over; none twice, empty without a record.
+
+        Raises:
+            DataError: A record is damaged.
+            SettingsError: A record names a mechanism that this version does not know.
+        """
+        rows = (row for one in self.lineage() for row in (one.record or {}).get("mechanisms", ()))
+        return tuple(dict.fromkeys(mechanisms.read(rows)))
 
     @property
     def word(self) -> str | None:
@@ -52,7 +61,11 @@ class Hardened:
         while model.record is not None and model.model not in met:
             met.add(model.model)
             yield model
-            model = hardened(str(model.record["identity"].get("model", {}).get("source", "")))
+            made_from = model.record.get("identity", {}).get("model", {}).get("source")
+            if made_from is None:
+                _LOG.warning("the record of %s does not say what it was made from: its past ends there", model.model)
+                return
+            model = hardened(str(made_from))
 
 
 def hardened(source: str) -> Hardened:
