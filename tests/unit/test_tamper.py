@@ -442,7 +442,7 @@ def test_adaptive_attacks_are_those_against_the_record(models, trapped, tmp_path
     assert "A-interpolate" in [r.id for r in replace(one, base=models[0]).recipes()]
 
 
-def test_what_lies_under_the_last_hardening_is_attacked_too(models, trapped, tmp_path):
+def test_what_lies_under_the_last_hardening_is_attacked_too(models, trapped, tmp_path, caplog):
     again = jobs.Hardening(
         name="aligned once more",
         method=SFT(),
@@ -456,6 +456,12 @@ def test_what_lies_under_the_last_hardening_is_attacked_too(models, trapped, tmp
     over, under = (tamper(tmp_path / "t", one, models[0], battery="adaptive", scale=SCALE) for one in both)
     assert [r.id for r in over.recipes()] == [r.id for r in under.recipes()]
     assert over._card()["against"] == under._card()["against"] == ["LookAhead", "Collapse"]
+    assert not caplog.records
+    record = store.read(tmp_path / "again" / store.RECORD)
+    record["identity"]["model"]["source"] = gone = str(tmp_path / "moved" / jobs.MODEL)
+    store.write(tmp_path / "again" / store.RECORD, record)
+    assert replace(over)._card()["against"] == []
+    assert f"was made from {gone}, which has no record" in caplog.text
 
 
 def test_an_adaptive_battery_runs(models, trapped, tmp_path, monkeypatch):

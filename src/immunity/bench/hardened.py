@@ -51,7 +51,7 @@ class Hardened:
         return None if word is None else str(word)
 
     def lineage(self) -> Iterator[Hardened]:
-        """This model, the one that it was made from, and so on, as far as their records are there.
+        """This model, the one that it was made from, and so on, as far as their records are there; warns of a gap.
 
         Raises:
             DataError: A record is damaged.
@@ -65,7 +65,9 @@ class Hardened:
             if made_from is None:
                 _LOG.warning("the record of %s does not say what it was made from: its past ends there", model.model)
                 return
-            model = hardened(str(made_from))
+            above, model = model, hardened(str(made_from))
+            if model.record is None and Path(model.model).name == MODEL:
+                _LOG.warning("%s was made from %s, which has no record: its past ends there", above.model, model.model)
 
 
 def hardened(source: str) -> Hardened:
